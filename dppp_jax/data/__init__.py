@@ -1,0 +1,1 @@
+"""Pictures of people into batches: readers, sampling, augmentation."""

@@ -1,0 +1,1 @@
+"""How invented people are made, checked and written as a dataset."""

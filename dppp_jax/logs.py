@@ -1,0 +1,100 @@
+"""Metrics on disk and on the console, and progress bars."""
+
+from collections.abc import Iterable, Mapping
+import json
+import pathlib
+import sys
+from typing import Any, TextIO
+
+import tqdm
+
+
+def progress(
+    iterable: Iterable | None = None,
+    *,
+    total: int | None = None,
+    desc: str = "",
+    unit: str = "it",
+    initial: int = 0,
+) -> tqdm.tqdm:
+  """Returns a tqdm bar on stderr; silent where stderr is not a terminal.
+
+  Args:
+    iterable: what to walk, or None to call `update` by hand.
+    total: number of units; taken from the iterable where it has a length.
+    desc: what is being done.
+    unit: name of one unit, e.g. "image".
+    initial: units already done by an earlier run.
+  """
+  return tqdm.tqdm(
+      iterable,
+      total=total,
+      desc=desc,
+      unit=unit,
+      initial=initial,
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+  )
+
+
+class Writer:
+  """Appends metrics to `metrics.jsonl`, and to TensorBoard when asked.
+
+  Every line is one JSON object with "step" and "stage". Lines of steps beyond
+  the one that training resumes from are cut, so that a run which was killed
+  leaves the same file as one which was not.
+  """
+
+  def __init__(
+      self,
+      workdir: str | pathlib.Path,
+      *,
+      tensorboard: bool = False,
+      resume_step: int = 0,
+  ):
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_after(self._path, resume_step)
+    self._file: TextIO = self._path.open("a")
+    self._board = None
+    if tensorboard:
+      # Optional extra `log`: imported only where it is asked for.
+      import tensorboardX  # pylint: disable=g-import-not-at-top
+
+      self._board = tensorboardX.SummaryWriter(str(workdir))
+
+  def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+    """Appends one line and flushes it: a killed run loses no line."""
+    scalars = {key: float(value) for key, value in metrics.items()}
+    line = {"step": int(step), "stage": stage, **scalars}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    if self._board is not None:
+      for key, value in scalars.items():
+        self._board.add_scalar(f"{stage}/{key}", value, step)
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the lines of a metrics.jsonl; a torn last line is left out."""
+  lines = []
+  for line in pathlib.Path(path).read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return lines
+
+
+def _cut_after(path: pathlib.Path, step: int) -> None:
+  if not path.exists():
+    return
+  kept = [line for line in read(path) if line["step"] <= step]
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+  scratch.replace(path)

@@ -1,0 +1,1 @@
+"""One file a method: each a short list of training stages."""

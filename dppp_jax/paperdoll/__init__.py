@@ -1,0 +1,1 @@
+"""The drawn world of the embedded default: studio and street."""

@@ -1,0 +1,1 @@
+"""The engine of training: losses, optimiser rules, stages, the loop."""

@@ -1,0 +1,1 @@
+"""Tensors in and out: folders, files and hub ids; strict conversion."""
