@@ -1,0 +1,100 @@
+"""Bytes to pixels and back, and the resize that torchvision does on PIL."""
+
+import io
+import warnings
+
+import numpy as np
+import PIL.Image
+
+from dppp_jax import errors
+
+_FILTERS = {
+  "bicubic": PIL.Image.Resampling.BICUBIC,
+  "bilinear": PIL.Image.Resampling.BILINEAR,
+}
+
+
+class CorruptImageError(errors.UserError):
+  """Bytes that are not a whole picture; the message names the file."""
+
+
+def decode(data: bytes, *, name: str) -> np.ndarray:
+  """Decodes a JPEG, PNG or whatever Pillow knows.
+
+  Pillow rather than OpenCV, which fills what a truncated file lacks with grey
+  and returns it as if it were a picture.
+
+  Args:
+    data: the encoded picture.
+    name: where it comes from, for the message.
+
+  Returns:
+    uint8 [H, W, 3] RGB. Grey and palette pictures become RGB, alpha is dropped,
+    an EXIF rotation is not applied (nor is it by torchvision).
+
+  Raises:
+    CorruptImageError: not a picture, or a truncated one.
+  """
+  try:
+    with warnings.catch_warnings():
+      # E.g. a palette with transparency, or a picture of 90 million pixels.
+      warnings.simplefilter("ignore")
+      with PIL.Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
+  except Exception as error:  # Pillow raises a dozen types on hostile bytes.
+    # Pillow names the BytesIO object; the reader wants the file.
+    reason = str(error).split("<_io")[0].strip() or type(error).__name__
+    raise CorruptImageError(
+      f"{name}: cannot be decoded as an image ({len(data)} bytes; {reason}):"
+      " replace or remove it"
+    ) from error
+
+
+def encode_jpeg(image: np.ndarray, *, quality: int = 95) -> bytes:
+  """Encodes uint8 [H, W, 3] RGB as JPEG.
+
+  Args:
+    image: uint8 [H, W, 3] RGB.
+    quality: 1 to 100; 95 keeps colour at full resolution nearly lossless.
+
+  Returns:
+    The file's bytes: the same for the same pixels and library version.
+  """
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    raise ValueError(
+      f"an image is uint8 [H, W, 3], not {image.dtype} {image.shape}"
+    )
+  buffer = io.BytesIO()
+  PIL.Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+  return buffer.getvalue()
+
+
+def resize(
+  image: np.ndarray,
+  size: tuple[int, int],
+  *,
+  interpolation: str = "bicubic",
+) -> np.ndarray:
+  """Resizes as torchvision does on PIL images: antialiased when it shrinks.
+
+  Args:
+    image: uint8 [H, W, 3].
+    size: (height, width) wanted.
+    interpolation: "bicubic" or "bilinear".
+
+  Returns:
+    uint8 [height, width, 3]; the image itself where it has that size.
+  """
+  if interpolation not in _FILTERS:
+    raise errors.UserError(
+      f"interpolation {interpolation!r} is unknown: use one of"
+      f" {', '.join(sorted(_FILTERS))}"
+    )
+  height, width = size
+  if image.shape[:2] == (height, width):
+    return image
+  resized = PIL.Image.fromarray(image).resize(
+    (width, height), _FILTERS[interpolation]
+  )
+  return np.asarray(resized)

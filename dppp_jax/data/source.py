@@ -1,0 +1,78 @@
+"""What a set of person images is, wherever it lies."""
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class Source(Protocol):
+  """N pictures with a person and a camera each, read one by one.
+
+  Attributes:
+    pids: int64 [N], who is seen.
+    camids: int64 [N], by which camera; all zero where there are no cameras.
+  """
+
+  pids: np.ndarray
+  camids: np.ndarray
+
+  def __len__(self) -> int:
+    """Returns N."""
+
+  def name(self, i: int) -> str:
+    """Returns where picture i lies, for messages: a path or shard:record."""
+
+  def read(self, i: int) -> np.ndarray:
+    """Returns picture i as uint8 [H, W, 3] RGB, any size.
+
+    Raises:
+      images.CorruptImageError: the picture cannot be decoded.
+    """
+
+
+class Arrays:
+  """A Source in memory.
+
+  Args:
+    images: uint8 [N, H, W, 3] RGB.
+    pids: integers [N].
+    camids: integers [N]; zeros by default.
+    label: what `name` calls the whole, e.g. "studio".
+  """
+
+  def __init__(
+    self,
+    images: np.ndarray,
+    pids: np.ndarray,
+    *,
+    camids: np.ndarray | None = None,
+    label: str = "array",
+  ):
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+      raise ValueError(
+        f"images are uint8 [N, H, W, 3], not {images.dtype} {images.shape}"
+      )
+    self.images = images
+    self.pids = np.asarray(pids, np.int64)
+    if camids is None:
+      camids = np.zeros(len(images), np.int64)
+    self.camids = np.asarray(camids, np.int64)
+    for key in ("pids", "camids"):
+      if getattr(self, key).shape != (len(images),):
+        raise ValueError(
+          f"{key} has shape {getattr(self, key).shape}, not {(len(images),)}"
+        )
+    self._label = label
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def name(self, i: int) -> str:
+    """Returns "label[i]"."""
+    return f"{self._label}[{i}]"
+
+  def read(self, i: int) -> np.ndarray:
+    """Returns image i, a view of uint8 [H, W, 3]."""
+    return self.images[i]
