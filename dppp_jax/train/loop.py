@@ -1,0 +1,505 @@
+"""The only training loop: compile, step, log, evaluate, save, resume exactly.
+
+A run is a list of stages. Everything random is a pure function of (seed,
+stage, step), and the order of examples is a plan that is known beforehand, so
+a run that was killed and started again ends with the same bits as one that
+was not.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppp_jax import checkpoints
+from dppp_jax import errors
+from dppp_jax import logs
+from dppp_jax import rngs
+from dppp_jax import trees
+from dppp_jax import types
+from dppp_jax.data import loader
+from dppp_jax.data import sampler
+from dppp_jax.data import source as source_lib
+from dppp_jax.data import transforms
+from dppp_jax.train import optim
+from dppp_jax.train import stage as stage_lib
+
+# (stage name, params) -> metrics such as {"market1501/mAP": .3}.
+Evaluator = Callable[[str, types.Params], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How the loop runs, apart from what is learned.
+
+  Attributes:
+    seed: of initialisation, sampling and augmentation.
+    image_size: (H, W) that pictures are resized to.
+    interpolation: "bicubic" or "bilinear".
+    placement: "device" keeps the whole uint8 dataset in the accelerator's
+      memory and gathers batches inside the step; "host" decodes in threads
+      and sends batches ahead.
+    on_corrupt: "error" or "skip".
+    num_threads: threads that decode.
+    mean, std: normalisation of stages without augmentation.
+    log_every: steps between two lines of metrics.
+    checkpoint_every: steps between two checkpoints within a stage.
+    eval_every: epochs between two evaluations; the end of a stage is always
+      evaluated; 0 for the end only.
+    best_metric: evaluator's metric by which the best checkpoint is kept.
+    tensorboard: whether TensorBoard files are written too.
+  """
+
+  seed: int = 1234
+  image_size: tuple[int, int] = (256, 128)
+  interpolation: str = "bicubic"
+  placement: str = "device"
+  on_corrupt: str = "error"
+  num_threads: int = 8
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  log_every: int = 50
+  checkpoint_every: int = 1000
+  eval_every: int = 0
+  best_metric: str | None = None
+  tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a run ended.
+
+  Attributes:
+    finished: False where a signal stopped it; run again to go on.
+    step: global step.
+    params: nested dict.
+  """
+
+  finished: bool
+  step: int
+  params: types.Params
+
+
+def fit(
+    stages: Sequence[stage_lib.Stage],
+    source: source_lib.Source,
+    *,
+    workdir: str | pathlib.Path,
+    options: Options,
+    evaluator: Evaluator | None = None,
+) -> Outcome:
+  """Trains the stages one after the other, from where the run folder stands.
+
+  Args:
+    stages: what to train; their parameters pass from one to the next.
+    source: labelled pictures.
+    workdir: run folder; receives checkpoints/ and metrics.jsonl.
+    options: see `Options`.
+    evaluator: called at the end of a stage, and between, see `Options`.
+
+  Returns:
+    The outcome; on SIGTERM or Ctrl-C everything is saved first.
+
+  Raises:
+    errors.UserError: bad data, a damaged run folder, a loss that is not
+      finite (with the step, the pids of its batch and the last metrics).
+  """
+  manager = checkpoints.Manager(workdir, best_metric=options.best_metric)
+  feed = _Feed(source, options)
+  plans = [_plan(stage, source, options) for stage in stages]
+  offsets = np.cumsum([0] + [len(plan.indices) for plan in plans])
+  restored = manager.restore(
+      lambda params, data: _abstract_opt(stages[data["stage"]], params)
+  )
+  params, collections, opt, start = {}, {}, None, (0, 0)
+  if restored is not None:
+    params, collections = restored.params, restored.collections
+    opt = restored.opt
+    start = (restored.data["stage"], restored.data["step"])
+    if start[0] >= len(stages) or restored.step > offsets[-1]:
+      raise errors.UserError(
+          f"{workdir}: its checkpoint lies beyond this configuration's last"
+          " step; choose another --workdir"
+      )
+    logging.info("resuming at step %d", restored.step)
+  writer = logs.Writer(
+      workdir,
+      tensorboard=options.tensorboard,
+      resume_step=restored.step if restored else 0,
+  )
+  root = jax.random.key(options.seed)
+  with _Signals() as signals:
+    try:
+      for number in range(start[0], len(stages)):
+        stage = stages[number]
+        begin = start[1] if number == start[0] else 0
+        if begin == 0 and (restored is None or number > start[0]):
+          key = rngs.stream(root, f"init/{stage.name}")
+          params, collections = stage.init(params, collections, key)
+          opt = None
+        run = _StageRun(stage, number, int(offsets[number]), plans[number])
+        params, collections, opt, done = run.train(
+            params,
+            collections,
+            opt,
+            begin=begin,
+            feed=feed,
+            options=options,
+            manager=manager,
+            writer=writer,
+            evaluator=evaluator,
+            signals=signals,
+        )
+        if not done:
+          manager.wait()
+          step = int(offsets[number]) + run.step
+          logging.info("stopped at step %d; run again to go on", step)
+          return Outcome(False, step, params)
+    finally:
+      manager.close()
+      writer.close()
+  return Outcome(True, int(offsets[-1]), params)
+
+
+def make_step(
+    stage: stage_lib.Stage,
+    rates: Mapping[str, float],
+    options: Options,
+) -> tuple[Callable[..., Any], list[str]]:
+  """Builds the pure step of a stage.
+
+  Args:
+    stage: what is trained.
+    rates: {name: lr} of the trainable parameters.
+    options: for the normalisation of stages without augmentation.
+
+  Returns:
+    A function (state, frozen, dataset, feed, step, factor) -> (state, metrics
+    [M] float32), and a list that its tracing fills with the M names. `state`
+    is (trainable {name: leaf}, collections, opt) and may be donated; `dataset`
+    holds per-example arrays that are gathered by feed["index"].
+  """
+  tx = _make_tx(stage, rates)
+  names: list[str] = []
+
+  def loss_fn(trainable, frozen, collections, batch, key):
+    params = trees.unflatten({**trainable, **frozen})
+    loss, aux = stage.loss(params, collections, batch, key)
+    return loss.astype(jnp.float32), aux
+
+  def step_fn(state, frozen, dataset, feed, step, factor):
+    trainable, collections, opt = state
+    root = jax.random.key(options.seed)
+    key = rngs.at_step(rngs.stream(root, stage.name), step)
+    batch = {k: x[feed["index"]] for k, x in dataset.items()} | dict(feed)
+    pictures = batch["image"]
+    if stage.augment is None:
+      batch["image"] = transforms.normalize(
+          pictures, mean=options.mean, std=options.std
+      )
+    else:
+      batch["image"] = transforms.augment(
+          pictures, rngs.stream(key, "augment"), stage.augment
+      )
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, aux), grads = grad_fn(
+        trainable, frozen, collections, batch, rngs.stream(key, "loss")
+    )
+    updates, opt = tx.update(grads, opt, trainable)
+    metrics = {
+        "loss": loss,
+        **aux.metrics,
+        "grad_norm": optim.norm(grads),
+    }
+    names[:] = metrics
+    values = jnp.stack([jnp.asarray(x, jnp.float32) for x in metrics.values()])
+    state = (optim.apply(trainable, updates, factor), aux.collections, opt)
+    return state, values
+
+  return step_fn, names
+
+
+class _StageRun:
+  """The steps of one stage, with what has to be remembered between them."""
+
+  def __init__(
+      self,
+      stage: stage_lib.Stage,
+      number: int,
+      offset: int,
+      plan: sampler.Plan,
+  ):
+    self.stage = stage
+    self.number = number
+    self.offset = offset
+    self.plan = plan
+    self.step = 0
+    self.last: dict[str, float] = {}
+
+  def train(
+      self,
+      params,
+      collections,
+      opt,
+      *,
+      begin: int,
+      feed: "_Feed",
+      options: Options,
+      manager: checkpoints.Manager,
+      writer: logs.Writer,
+      evaluator: Evaluator | None,
+      signals: "_Signals",
+  ):
+    """Runs from step `begin` to the stage's end or to a signal."""
+    stage, plan = self.stage, self.plan
+    total = len(plan.indices)
+    trainable, frozen, rates = optim.split(params, stage.rules)
+    self.step = begin
+    if opt is None:
+      opt = _make_tx(stage, rates).init(trainable)
+    state = jax.device_put((trainable, collections, opt))
+    frozen = jax.device_put(frozen)
+    dataset = jax.device_put({
+        "label": feed.labels,
+        **feed.resident,
+        **{k: np.asarray(x) for k, x in stage.extras.items()},
+    })
+    if begin >= total:
+      return self._join(state, frozen), state[1], state[2], True
+    batches = feed.batches(plan, begin)
+    step_fn, names = make_step(stage, rates, options)
+    first = next(batches)
+    factor = jnp.float32(0)
+    compiled = (
+        jax.jit(step_fn, donate_argnums=0)
+        .lower(state, frozen, dataset, first, np.int32(0), factor)
+        .compile()
+    )
+    pending: list[tuple[int, jax.Array]] = []
+    clock = time.monotonic()
+    bar = logs.progress(
+        total=total, desc=stage.name, unit="step", initial=begin
+    )
+    batch = first
+    with bar:
+      for step in range(begin, total):
+        epoch = int(plan.epochs[step])
+        factor = np.float32(stage.schedule(epoch, step / total))
+        state, values = compiled(
+            state, frozen, dataset, batch, np.int32(step), factor
+        )
+        pending.append((step, values))
+        self.step = step + 1
+        bar.update()
+        is_last = self.step == total
+        stopping = signals.caught
+        saving = (
+            stopping or is_last or self.step % options.checkpoint_every == 0
+        )
+        ends_epoch = is_last or plan.epochs[self.step] != epoch
+        evaluating = evaluator is not None and (
+            is_last
+            or ends_epoch
+            and options.eval_every > 0
+            and epoch % options.eval_every == 0
+        )
+        if (
+            self.step % options.log_every == 0
+            or saving
+            or evaluating
+            or self.step == 1
+        ):
+          self._log(pending, names, feed.pids, writer, epoch, factor, clock, bar)
+          pending, clock = [], time.monotonic()
+        results = None
+        if evaluating:
+          results = evaluator(stage.name, self._join(state, frozen))
+          writer.write(self.offset + self.step, stage.name, results)
+          clock = time.monotonic()
+        if saving or evaluating:
+          manager.save(
+              self.offset + self.step,
+              params=self._join(state, frozen),
+              collections=state[1],
+              opt=state[2],
+              data={"stage": self.number, "step": self.step},
+              metrics=results,
+          )
+        if stopping and not is_last:
+          return self._join(state, frozen), state[1], state[2], False
+        if not is_last:
+          batch = next(batches)
+    return self._join(state, frozen), state[1], state[2], True
+
+  def _join(self, state, frozen) -> types.Params:
+    return trees.unflatten({**state[0], **frozen})
+
+  def _log(self, pending, names, pids, writer, epoch, factor, clock, bar):
+    """Fetches the metrics of the last steps, checks them, writes their mean."""
+    values = np.stack([np.asarray(v) for _, v in pending])
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if bad.size:
+      step = pending[bad[0]][0]
+      row = dict(zip(names, values[bad[0]].tolist(), strict=True))
+      batch_pids = sorted({int(pids[i]) for i in self.plan.indices[step]})
+      raise errors.UserError(
+          f"{self.stage.name}: the loss is not finite at step"
+          f" {self.offset + step}: {row}; pids of the batch: {batch_pids};"
+          f" last good metrics: {self.last or 'none'}; lower the learning"
+          " rate or look at those pictures"
+      )
+    mean = dict(zip(names, values.mean(axis=0).tolist(), strict=True))
+    size = self.plan.indices.shape[1]
+    seconds = max(time.monotonic() - clock, 1e-9)
+    self.last = mean
+    line = {
+        **mean,
+        "epoch": epoch,
+        "lr_factor": float(factor),
+        **{
+            f"lr/{rate:g}": rate * float(factor)
+            for rate in sorted({r for _, r in self.stage.rules if r})
+        },
+        "images_per_second": len(pending) * size / seconds,
+    }
+    writer.write(self.offset + self.step, self.stage.name, line)
+    bar.set_postfix_str(
+        f"loss {mean['loss']:.3f}, {line['images_per_second']:.0f} images/s"
+    )
+    logging.info(
+        "%s step %d/%d loss %.4f, %.0f images/s",
+        self.stage.name,
+        self.step,
+        len(self.plan.indices),
+        mean["loss"],
+        line["images_per_second"],
+    )
+
+
+class _Feed:
+  """Batches from a source, in either placement."""
+
+  def __init__(self, source: source_lib.Source, options: Options):
+    if options.placement not in ("device", "host"):
+      raise errors.UserError(
+          f"placement {options.placement!r}: choose 'device' or 'host'"
+      )
+    self._source = source
+    self._options = options
+    self.pids = np.asarray(source.pids)
+    self.labels = np.unique(self.pids, return_inverse=True)[1].astype(np.int32)
+    self.resident: dict[str, np.ndarray] = {}
+    if options.placement == "device":
+      self.resident["image"] = self._load()
+
+  def _load(self) -> np.ndarray:
+    """Reads all pictures; one that is skipped gives its place to a twin."""
+    pictures, kept = loader.load_images(
+        self._source,
+        size=self._options.image_size,
+        interpolation=self._options.interpolation,
+        on_corrupt=self._options.on_corrupt,
+        num_threads=self._options.num_threads,
+    )
+    if len(kept) == len(self._source):
+      return pictures
+    # The plan speaks of places in the source: a lost picture is replaced by
+    # another one of the same person, so that no batch changes its shape.
+    place = np.full(len(self._source), -1)
+    place[kept] = np.arange(len(kept))
+    for lost in np.flatnonzero(place < 0):
+      twins = kept[self.pids[kept] == self.pids[lost]]
+      if not len(twins):
+        raise errors.UserError(
+            f"{self._source.name(lost)}: no sound picture of pid"
+            f" {self.pids[lost]} is left; remove the identity or mend the file"
+        )
+      place[lost] = place[twins[lost % len(twins)]]
+    return pictures[place]
+
+  def batches(
+      self, plan: sampler.Plan, start: int
+  ) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of the plan from step `start` on, on the device."""
+    if self._options.placement == "device":
+      for indices in plan.indices[start:]:
+        yield {"index": jnp.asarray(indices)}
+      return
+    batches = loader.host_batches(
+        self._source,
+        plan,
+        size=self._options.image_size,
+        interpolation=self._options.interpolation,
+        start_step=start,
+        num_threads=self._options.num_threads,
+        on_corrupt=self._options.on_corrupt,
+    )
+    yield from loader.device_prefetch(batches)
+
+
+class _Signals:
+  """Turns SIGTERM and the first Ctrl-C into a flag that the loop reads."""
+
+  def __init__(self):
+    self.caught = False
+    self._old: dict[int, Any] = {}
+
+  def __enter__(self) -> "_Signals":
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._old[number] = signal.signal(number, self._catch)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def _catch(self, number, frame) -> None:
+    del frame
+    if self.caught and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.caught = True
+
+
+def _plan(
+    stage: stage_lib.Stage, source: source_lib.Source, options: Options
+) -> sampler.Plan:
+  seed = options.seed
+  if isinstance(stage.batches, stage_lib.PK):
+    return sampler.pk(
+        source.pids,
+        P=stage.batches.P,
+        K=stage.batches.K,
+        epochs=stage.epochs,
+        seed=seed,
+    )
+  return sampler.shuffled(
+      len(source),
+      batch_size=stage.batches.batch_size,
+      epochs=stage.epochs,
+      seed=seed,
+  )
+
+
+def _make_tx(stage: stage_lib.Stage, rates: Mapping[str, float]):
+  return optim.make(
+      rates,
+      weight_decay=stage.weight_decay,
+      decoupled=stage.decoupled,
+      bias_lr_multiplier=stage.bias_lr_multiplier,
+      clip_norm=stage.clip_norm,
+  )
+
+
+def _abstract_opt(stage: stage_lib.Stage, params: types.Params) -> Any:
+  trainable, _, rates = optim.split(params, stage.rules)
+  return jax.eval_shape(_make_tx(stage, rates).init, trainable)

@@ -1,0 +1,96 @@
+"""Adam over named parameters: one rate per name, frozen leaves never seen."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dppp_jax import trees
+from dppp_jax import types
+
+
+def split(
+    params: types.Params, rules: Sequence[tuple[str, float | None]]
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, float]]:
+  """Sorts parameters into trainable and frozen ones.
+
+  Args:
+    params: nested dict.
+    rules: (regex, lr | None), see `trees.match`; None is frozen.
+
+  Returns:
+    (trainable {name: leaf}, frozen {name: leaf}, {name: lr} of trainables).
+  """
+  flat = trees.flatten(params)
+  rates = trees.match(flat, rules)
+  trainable = {name: x for name, x in flat.items() if rates[name] is not None}
+  frozen = {name: x for name, x in flat.items() if rates[name] is None}
+  return trainable, frozen, {name: rates[name] for name in trainable}
+
+
+def make(
+    rates: Mapping[str, float],
+    *,
+    weight_decay: float,
+    decoupled: bool = False,
+    bias_lr_multiplier: float = 1.0,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+  """Returns Adam with one learning rate per name, before the schedule.
+
+  torch.optim.Adam adds the decay to the gradient, so that it passes through
+  the moments; AdamW adds it after them. Both are here, because CLIP-ReID uses
+  the first and contrastive pre-training the second. Clipping comes before the
+  decay and sees trainable gradients only.
+
+  Args:
+    rates: {name: lr} of all trainable parameters.
+    weight_decay: L2 strength.
+    decoupled: AdamW; vectors (biases, norms) are then not decayed.
+    bias_lr_multiplier: factor of the rate of names that end with "bias".
+    clip_norm: global norm to clip to, or None.
+
+  Returns:
+    A transformation over {name: gradient}; updates point downhill and are
+    scaled by lr. The loop multiplies them with the schedule's factor.
+  """
+  is_bias = lambda name: name.rsplit("/", 1)[-1].endswith("bias")
+  scale = {
+      name: -lr * (bias_lr_multiplier if is_bias(name) else 1.0)
+      for name, lr in rates.items()
+  }
+  clip = (
+      optax.identity()
+      if clip_norm is None
+      else optax.clip_by_global_norm(clip_norm)
+  )
+  adam = optax.scale_by_adam(eps=1e-8)
+  if decoupled:
+    is_matrix = lambda params: {k: x.ndim > 1 for k, x in params.items()}
+    decay = optax.add_decayed_weights(weight_decay, mask=is_matrix)
+    chain = (clip, adam, decay)
+  else:
+    chain = (clip, optax.add_decayed_weights(weight_decay), adam)
+  rate = optax.stateless(
+      lambda updates, _: {k: scale[k] * u for k, u in updates.items()}
+  )
+  return optax.chain(*chain, rate)
+
+
+def apply(
+    params: Mapping[str, jax.Array],
+    updates: Mapping[str, jax.Array],
+    factor: jax.Array,
+) -> dict[str, jax.Array]:
+  """Returns params + factor * updates, in the dtype of the parameters."""
+  return {
+      name: (x + factor * updates[name]).astype(x.dtype)
+      for name, x in params.items()
+  }
+
+
+def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns the global L2 norm in float32; zero for no gradients at all."""
+  squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()]
+  return jnp.sqrt(sum(squares, start=jnp.zeros(())))
