@@ -1,0 +1,91 @@
+"""The run folder: what was asked for, and on what it ran."""
+
+from collections.abc import Mapping
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import jax
+
+from dppp_jax import errors
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def prepare(
+    workdir: str | pathlib.Path,
+    config: Mapping[str, Any],
+    *,
+    free: tuple[str, ...] = (),
+) -> pathlib.Path:
+  """Makes a run folder, or checks that an existing one is this run's.
+
+  Args:
+    workdir: the folder.
+    config: the resolved configuration, of JSON types.
+    free: top-level keys that may differ on a rerun, because they change where
+      a run looks and what it shows, not what it learns.
+
+  Returns:
+    The folder's path.
+
+  Raises:
+    errors.UserError: the folder holds a run of another configuration.
+  """
+  workdir = pathlib.Path(workdir)
+  config = json.loads(json.dumps(config))
+  path = workdir / "config.json"
+  if path.exists():
+    held = json.loads(path.read_text())
+    differs = [key for key in _differences(held, config) if not _in(key, free)]
+    if differs:
+      raise errors.UserError(
+          f"{path}: holds another configuration (differs in"
+          f" {', '.join(differs[:5])}); choose another --workdir"
+      )
+  elif workdir.exists() and any(workdir.iterdir()):
+    raise errors.UserError(
+        f"{workdir}: not empty and not a run folder; choose another --workdir"
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(path, config)
+  write_json(workdir / "environment.json", environment())
+  return workdir
+
+
+def environment() -> dict[str, Any]:
+  """Returns versions and devices, as they are written beside every run."""
+  return {
+      "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "command": sys.argv,
+      "python": platform.python_version(),
+      "platform": platform.platform(),
+      "devices": [device.device_kind for device in jax.devices()],
+      "packages": {
+          name: importlib.metadata.version(name) for name in _PACKAGES
+      },
+  }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one."""
+  scratch = path.with_name(f".{path.name}.tmp")
+  scratch.write_text(json.dumps(value, indent=2) + "\n")
+  scratch.replace(path)
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+  if isinstance(a, Mapping) and isinstance(b, Mapping):
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+      found += _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+    return found
+  return [] if a == b else [prefix.removesuffix(".")]
+
+
+def _in(key: str, free: tuple[str, ...]) -> bool:
+  return any(key == name or key.startswith(f"{name}.") for name in free)

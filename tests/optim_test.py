@@ -1,0 +1,94 @@
+"""Optimiser rules against torch.optim, and the schedules by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from dppp_jax import errors
+from dppp_jax.train import optim
+from dppp_jax.train import stage
+
+
+def _trees(rng):
+  shapes = {"a/kernel": (3, 4), "a/bias": (4,), "b/kernel": (2, 2)}
+  return {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_same_as_torch(decoupled):
+  rng = np.random.default_rng(0)
+  params = _trees(rng)
+  rates = {"a/kernel": 1e-2, "a/bias": 1e-2, "b/kernel": 3e-3}
+  tx = optim.make(
+      rates, weight_decay=0.1, decoupled=decoupled, bias_lr_multiplier=2.0
+  )
+  theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
+  kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+  decay = {k: 0.0 if decoupled and v.ndim < 2 else 0.1 for k, v in params.items()}
+  lr = {k: v * (2 if k.endswith("bias") else 1) for k, v in rates.items()}
+  groups = [
+      {"params": [p], "lr": lr[k], "weight_decay": decay[k], "name": k}
+      for k, p in theirs.items()
+  ]
+  torch_optimizer = kind(groups)
+  ours = {k: jnp.asarray(v) for k, v in params.items()}
+  state = tx.init(ours)
+  for step in range(7):
+    factor = 0.1 if step >= 4 else 1.0
+    grads = _trees(rng)
+    for group in torch_optimizer.param_groups:
+      group["lr"] = lr[group["name"]] * factor
+      group["params"][0].grad = torch.tensor(grads[group["name"]])
+    torch_optimizer.step()
+    updates, state = tx.update(grads, state, ours)
+    ours = optim.apply(ours, updates, jnp.float32(factor))
+  for key, value in ours.items():
+    want = theirs[key].detach().numpy()
+    np.testing.assert_allclose(value, want, rtol=2e-6, atol=2e-7)
+
+
+def test_split_follows_the_first_rule():
+  params = {"clip": {"text": {"w": 1}, "vision": {"w": 2}}, "head": {"w": 3}}
+  rules = (("clip/text/.*", None), ("clip/.*", 5e-6), (".*", 5e-5))
+  trainable, frozen, rates = optim.split(params, rules)
+  assert trainable == {"clip/vision/w": 2, "head/w": 3}
+  assert frozen == {"clip/text/w": 1}
+  assert rates == {"clip/vision/w": 5e-6, "head/w": 5e-5}
+
+
+def test_parameter_without_a_rule_is_an_error():
+  with pytest.raises(errors.UserError, match="head/w is matched by no rule"):
+    optim.split({"head": {"w": 1}}, (("clip/.*", 1.0),))
+
+
+def test_rule_that_matches_nothing_is_an_error():
+  with pytest.raises(errors.UserError, match="'heda/.\\*' matches no param"):
+    optim.split({"head": {"w": 1}}, (("heda/.*", 1.0), (".*", None)))
+
+
+def test_clip_sees_the_norm_of_all_trainables():
+  tx = optim.make({"a": 1.0, "b": 1.0}, weight_decay=0.0, clip_norm=1.0)
+  grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+  state = tx.init(grads)
+  _, state = tx.update(grads, state, grads)
+  moments = optax.tree.get(state, "mu")
+  np.testing.assert_allclose(moments["a"], [0.1 * 3 / 5], rtol=1e-6)
+  np.testing.assert_allclose(optim.norm(grads), 5.0, rtol=1e-6)
+
+
+def test_clip_reid_schedule_counts_epochs_from_one():
+  paper = stage.step_decay((15, 20))
+  factors = [paper(epoch, 0.0) for epoch in range(1, 21)]
+  np.testing.assert_allclose(factors, [1] * 14 + [0.1] * 5 + [0.01])
+  # CLIP-ReID's second stage: 9.5e-7, 5e-6 and 5e-7 of 5e-6 (recipe).
+  warm = stage.step_decay((30, 50), warmup_epochs=10, warmup_factor=0.1)
+  got = [5e-6 * warm(epoch, 0.0) for epoch in (1, 10, 29, 30, 50)]
+  np.testing.assert_allclose(got, [9.5e-7, 5e-6, 5e-6, 5e-7, 5e-8])
+
+
+def test_warmup_cosine_by_hand():
+  schedule = stage.warmup_cosine(warmup=0.2, final=0.1)
+  got = [schedule(1, f) for f in (0.0, 0.1, 0.2, 0.6, 1.0)]
+  np.testing.assert_allclose(got, [0.0, 0.5, 1.0, 0.55, 0.1])
