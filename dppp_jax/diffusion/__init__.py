@@ -1,0 +1,1 @@
+"""Sampling: step tables, conditioning, and the loop that denoises."""

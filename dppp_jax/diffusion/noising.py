@@ -1,0 +1,326 @@
+"""Where the steps of a sampler stand: betas, timesteps and noise levels.
+
+Everything here is numpy on the host. Betas and sigmas are rounded to float32
+where diffusers and torch round them, because a checkpoint has met those.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from typing import Any, Literal
+
+import numpy as np
+
+from dppp_jax import errors
+
+Method = Literal["euler_ancestral", "euler", "ddim", "dpmpp_2m"]
+
+_CLASSES: dict[str, Method] = {
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+_RHO = 7.0  # Karras et al. 2022, Eq. 5.
+# What a folder may ask of a sampler and only one answer is built.
+_SHARED = {"trained_betas": None}
+_ONLY: dict[Method, dict[str, Any]] = {
+    "euler_ancestral": _SHARED,
+    "euler": {
+        **_SHARED,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "final_sigmas_type": "zero",
+        "sigma_min": None,
+        "sigma_max": None,
+    },
+    "ddim": {**_SHARED, "thresholding": False, "clip_sample": False},
+    "dpmpp_2m": {
+        **_SHARED,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "thresholding": False,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "solver_order": 2,
+        "lower_order_final": True,
+        "final_sigmas_type": "zero",
+        "variance_type": None,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What a step table depends on; the defaults are SDXL's with "Euler a".
+
+  Attributes:
+    method: the sampler.
+    prediction_type: what the network predicts.
+    num_train_timesteps: T of training.
+    beta_start: first beta.
+    beta_end: last beta.
+    beta_schedule: how the betas lie between.
+    timestep_spacing: where the steps lie.
+    steps_offset: added to the timesteps of "leading".
+    log_interpolation: interpolate log-sigmas, not sigmas.
+    continuous: k-diffusion's conventions where diffusers differs: DPM++ visits
+      as many points as there are steps, at fractional timesteps, and the first
+      latents are sigma_max z.
+    karras: respace the sigmas as Karras et al. do.
+    zero_snr: rescale the betas so that the last step is pure noise.
+    set_alpha_to_one: DDIM's last step ends at x0, not at timestep 0.
+    eta: share of the ancestral noise; None is 1 for Euler a and 0 for DDIM.
+  """
+
+  method: Method = "euler_ancestral"
+  prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+  num_train_timesteps: int = 1000
+  beta_start: float = 0.00085
+  beta_end: float = 0.012
+  beta_schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
+  timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+  steps_offset: int = 1
+  log_interpolation: bool = False
+  continuous: bool = False
+  karras: bool = False
+  zero_snr: bool = False
+  set_alpha_to_one: bool = True
+  eta: float | None = None
+
+  @classmethod
+  def from_hf(
+      cls, given: Mapping[str, Any], *, method: Method | None = None
+  ) -> "Config":
+    """Reads a scheduler_config.json, as diffusers' `from_config` would.
+
+    Args:
+      given: the parsed file.
+      method: another sampler than the folder's; an absent key then means the
+        default of that sampler, as it does in diffusers.
+
+    Raises:
+      errors.UserError: a sampler or an option that is not built here.
+    """
+    name = given.get("_class_name", "")
+    if method is None:
+      if name not in _CLASSES:
+        raise errors.UserError(
+            f"scheduler_config.json: sampler {name or 'without a name'!r} is"
+            f" not built: choose one of {', '.join(_CLASSES.values())}"
+        )
+      method = _CLASSES[name]
+    # DDIM clips where the file is silent; no checkpoint of latents means it.
+    for key, allowed in _ONLY[method].items():
+      if given.get(key, allowed) != allowed:
+        raise errors.UserError(
+            f"scheduler_config.json: {key}={given[key]!r} is not built for"
+            f" {method}: set it to {json.dumps(allowed)}"
+        )
+    default = "leading" if method == "ddim" else "linspace"
+    return cls(
+        method=method,
+        prediction_type=given.get("prediction_type", "epsilon"),
+        num_train_timesteps=given.get("num_train_timesteps", 1000),
+        beta_start=given.get("beta_start", 1e-4),
+        beta_end=given.get("beta_end", 0.02),
+        beta_schedule=given.get("beta_schedule", "linear"),
+        timestep_spacing=given.get("timestep_spacing", default),
+        steps_offset=given.get("steps_offset", 0),
+        # diffusers has Karras sigmas for these two only.
+        karras=method in ("euler", "dpmpp_2m")
+        and bool(given.get("use_karras_sigmas", False)),
+        zero_snr=bool(given.get("rescale_betas_zero_snr", False)),
+        set_alpha_to_one=given.get("set_alpha_to_one", True),
+    )
+
+
+def k_diffusion(config: Config) -> Config:
+  """Returns the same sampler by k-diffusion's conventions."""
+  return dataclasses.replace(
+      config,
+      timestep_spacing="linspace",
+      log_interpolation=True,
+      continuous=True,
+  )
+
+
+def alphas_cumprod(config: Config) -> np.ndarray:
+  """Returns alpha-bar of the training steps, float32 [T], rounded as torch.
+
+  Betas and alphas are float32 there; their product is not. Exact arithmetic
+  would move the sigmas by 1e-5.
+  """
+  steps, one = config.num_train_timesteps, np.float32(1)
+  if config.beta_schedule == "linear":
+    betas = _linspace(config.beta_start, config.beta_end, steps)
+  elif config.beta_schedule == "scaled_linear":
+    betas = _linspace(config.beta_start**0.5, config.beta_end**0.5, steps) ** 2
+  else:
+    raise errors.UserError(
+        f"beta_schedule {config.beta_schedule!r} is not built: use"
+        " scaled_linear or linear"
+    )
+  if config.zero_snr:
+    # Lin et al. 2023, Algorithm 1.
+    root = np.sqrt(_cumprod(one - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    bar = root**2
+    betas = one - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+  cumulative = _cumprod(one - betas)
+  if config.zero_snr and config.method != "ddim":
+    cumulative[-1] = 2.0**-24  # Sigma stays finite.
+  return cumulative
+
+
+def schedule(
+    num_steps: int, config: Config
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Says where the steps of a run stand.
+
+  Args:
+    num_steps: T.
+    config: the sampler.
+
+  Returns:
+    float64: the timesteps [T]; then the mean and the std of the latents, each
+    [2, T], before and after every step.
+
+  Raises:
+    errors.UserError: a combination that has no meaning, or T out of range.
+  """
+  _check(num_steps, config)
+  cumulative = alphas_cumprod(config)
+  timesteps = _timesteps(num_steps, config)
+  if config.method == "ddim":
+    # A step of diffusers' DDIM ends T // steps before its timestep, wherever
+    # the next one begins: the chain is broken but for "leading".
+    at = timesteps.astype(int)
+    before = at - config.num_train_timesteps // num_steps
+    final = 1.0 if config.set_alpha_to_one else cumulative[0]
+    bar = np.stack([
+        cumulative[at],
+        np.where(before < 0, final, cumulative[np.maximum(before, 0)]),
+    ]).astype(np.float64)
+    return timesteps, np.sqrt(bar), np.sqrt(1 - bar)
+  levels = _sigmas(cumulative)
+  timesteps, sigmas = _place(timesteps, config, levels)
+  # diffusers keeps the sigmas in float32: every later number starts there.
+  sigmas = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
+  scale = np.ones_like(sigmas)
+  if config.method == "dpmpp_2m":
+    scale = np.sqrt(1 + sigmas**2)
+  pairs = lambda x: np.stack([x[:-1], x[1:]])
+  return timesteps, pairs(1 / scale), pairs(sigmas / scale)
+
+
+def _timesteps(num_steps: int, config: Config) -> np.ndarray:
+  """Returns the timesteps [T] of a spacing, falling."""
+  last, extra = config.num_train_timesteps, _num_extra(config)
+  if config.timestep_spacing == "leading":
+    at = np.arange(num_steps + extra)[::-1] * (last // (num_steps + extra))
+    at = at + config.steps_offset
+    if at[0] >= last:
+      raise errors.UserError(
+          f"num_steps={num_steps} with timestep_spacing leading and"
+          f" steps_offset={config.steps_offset} passes timestep {last - 1}:"
+          " take fewer steps or trailing"
+      )
+  elif config.timestep_spacing == "trailing":
+    at = np.arange(last, 0, -last / num_steps).round() - 1
+  elif config.method == "ddim" or extra:
+    at = np.linspace(0, last - 1, num_steps + extra).round()[::-1]
+  else:
+    # In float32 as in diffusers: the sigmas notice.
+    at = np.linspace(0, last - 1, num_steps, dtype=np.float32)[::-1]
+  return at[:num_steps].astype(np.float64)
+
+
+def _place(
+    timesteps: np.ndarray, config: Config, levels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns timesteps and sigmas [T], respaced where Karras is asked for."""
+  logs = np.log(levels).astype(np.float64)
+  index = np.arange(len(levels))
+  if config.log_interpolation:
+    sigmas = np.exp(np.interp(timesteps, index, logs))
+  else:
+    sigmas = np.interp(timesteps, index, levels)
+  if config.karras:
+    # DPM++ and k-diffusion span all of training, Euler what it would visit.
+    spans_all = config.continuous or config.method == "dpmpp_2m"
+    ends = levels[[-1, 0]] if spans_all else sigmas[[0, -1]]
+    high, low = (float(end) ** (1 / _RHO) for end in ends)
+    ramp = np.linspace(0, 1, len(timesteps))
+    sigmas = (high + ramp * (low - high)) ** _RHO
+    timesteps = np.interp(np.log(sigmas), logs, index)
+    if _num_extra(config):
+      timesteps = timesteps.round()
+  return timesteps, sigmas
+
+
+def _num_extra(config: Config) -> int:
+  """DPM++ of diffusers spaces one point more, and leaves out the last."""
+  return int(config.method == "dpmpp_2m" and not config.continuous)
+
+
+def _check(num_steps: int, config: Config) -> None:
+  last = config.num_train_timesteps
+  if not 1 <= num_steps <= last:
+    raise errors.UserError(
+        f"num_steps={num_steps}: choose between 1 and {last}"
+    )
+  if config.prediction_type not in ("epsilon", "v_prediction"):
+    raise errors.UserError(
+        f"prediction_type {config.prediction_type!r} is not built: use epsilon"
+        " or v_prediction"
+    )
+  if config.timestep_spacing not in ("leading", "trailing", "linspace"):
+    raise errors.UserError(
+        f"timestep_spacing {config.timestep_spacing!r} is not known: use"
+        " leading, trailing or linspace"
+    )
+  if config.method not in _CLASSES.values():
+    raise errors.UserError(
+        f"sampler {config.method!r} is not built: choose one of"
+        f" {', '.join(_CLASSES.values())}"
+    )
+  if config.method == "ddim" and (config.karras or config.continuous):
+    raise errors.UserError(
+        "ddim has neither Karras sigmas nor k-diffusion's steps: use euler"
+    )
+  if (
+      config.method == "ddim"
+      and config.zero_snr
+      and config.prediction_type == "epsilon"
+  ):
+    raise errors.UserError(
+        "ddim cannot begin at zero signal with prediction_type epsilon: use"
+        " v_prediction, or zero_snr=False"
+    )
+
+
+def _sigmas(cumulative: np.ndarray) -> np.ndarray:
+  """Returns sigma of the training steps, float32 as in torch."""
+  one = np.float32(1)
+  return np.sqrt((one - cumulative) / cumulative)
+
+
+def _cumprod(values: np.ndarray) -> np.ndarray:
+  return np.cumprod(values.astype(np.float64)).astype(np.float32)
+
+
+def _linspace(start: float, end: float, steps: int) -> np.ndarray:
+  """torch.linspace in float32: from the nearer end, one rounding a number."""
+  start, end = np.float32(start), np.float32(end)
+  gap = ((end - start) / np.float32(steps - 1)).astype(np.float64)
+  i = np.arange(steps)
+  return np.where(
+      i < steps // 2, start + gap * i, end - gap * (steps - 1 - i)
+  ).astype(np.float32)
+
