@@ -1,5 +1,6 @@
 """Bytes to pixels and back, and the resize that torchvision does on PIL."""
 
+from collections.abc import Sequence
 import io
 import warnings
 
@@ -98,3 +99,31 @@ def resize(
     (width, height), _FILTERS[interpolation]
   )
   return np.asarray(resized)
+
+
+def contact_sheet(
+  rows: Sequence[Sequence[np.ndarray]], *, max_height: int = 128
+) -> np.ndarray:
+  """Puts pictures side by side.
+
+  Args:
+    rows: uint8 [H, W, 3] each, row by row; rows may be of any length, the first
+      picture says how large all are drawn.
+    max_height: of one picture on the sheet.
+
+  Returns:
+    uint8 [height, width, 3], white where a row is shorter.
+  """
+  first = next((image for row in rows for image in row), None)
+  if first is None:
+    return np.full((1, 1, 3), 255, np.uint8)
+  scale = min(1.0, max_height / first.shape[0])
+  height, width = (max(1, round(side * scale)) for side in first.shape[:2])
+  columns = max(len(row) for row in rows)
+  sheet = np.full((len(rows) * height, columns * width, 3), 255, np.uint8)
+  for y, row in enumerate(rows):
+    for x, image in enumerate(row):
+      top, left = y * height, x * width
+      cell = resize(image, (height, width))
+      sheet[top : top + height, left : left + width] = cell
+  return sheet

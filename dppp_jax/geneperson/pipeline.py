@@ -1,0 +1,393 @@
+"""The driver: makes people one after the other and puts them into the store.
+
+Whoever makes the pictures (drawn paper dolls, or the diffusion sampler) is a
+function from a pid to records; everything here is the same for both.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+import dataclasses
+import importlib.metadata
+import io
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import threading
+import time
+from typing import Any
+
+from absl import logging
+import numpy as np
+import PIL.Image
+
+from dppp_jax import errors, logs
+from dppp_jax.data import images
+from dppp_jax.geneperson import dataset, disk
+from dppp_jax.geneperson import store as store_lib
+
+_PACKAGES = (
+  "dppp-jax",
+  "numpy",
+  "pillow",
+  "opencv-python-headless",
+  "tensorflow-datasets",
+  "array_record",
+)
+_SHEET = (8, 12)  # Rows (people) and columns (pictures) of a contact sheet.
+_AHEAD = 2  # Identities that are being encoded while the next one is made.
+_QUIET_SECONDS = 30.0  # Between log lines where there is no progress bar.
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What a maker made of one pid.
+
+  Attributes:
+    records: one mapping per picture with the keys of dataset.RECORD_KEYS;
+      `image` is uint8 [H, W, 3] RGB or JPEG bytes.
+    dropped: number of cells that were thrown away, by reason.
+  """
+
+  records: Sequence[Mapping[str, Any]]
+  dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+MakeIdentity = Callable[[int], Identity | Sequence[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a run ended.
+
+  Attributes:
+    folder: where the dataset lies, or will.
+    finished: whether it is there.
+    made: identities that this run made.
+    missing: identities that nobody has made yet.
+    signal: number of the signal that stopped the run, or 0.
+  """
+
+  folder: pathlib.Path
+  finished: bool
+  made: int
+  missing: int
+  signal: int = 0
+
+  @property
+  def exit_code(self) -> int:
+    """What a shell expects: 0, or 128 + signal where a signal stopped it."""
+    return 128 + self.signal if self.signal else 0
+
+
+def run(
+  make_identity: MakeIdentity,
+  *,
+  data_dir: str | os.PathLike,
+  num_identities: int,
+  seed: int,
+  image_size: tuple[int, int],
+  source: str,
+  config: Mapping[str, Any],
+  shard: tuple[int, int] = (0, 1),
+  cap: int = 20,
+  quality: int = 95,
+  sheet_every: int = 100,
+  num_threads: int = 2,
+) -> Outcome:
+  """Makes every identity that is not in the store yet, then finalises it.
+
+  Stop it whenever you like: SIGTERM and Ctrl-C end it between two identities, a
+  kill -9 loses the ones in progress, and the same call goes on from there.
+
+  Args:
+    make_identity: pid -> Identity or list of records; a pure function of pid.
+    data_dir: what `tfds.load` will take as data_dir.
+    num_identities: pids are 0 .. num_identities - 1.
+    seed: for the choice of pictures where there are more than `cap`; the
+      maker's seed, too.
+    image_size: (height, width) of every picture.
+    source: what the pictures are, in words, for the manifest.
+    config: whatever else the pictures depend on, of JSON types: a data_dir
+      that holds another configuration is refused.
+    shard: (i, N): this process makes the pids with pid % N == i.
+    cap: pictures kept of one identity at most.
+    quality: of the JPEGs.
+    sheet_every: identities between two contact sheets; 0 for none.
+    num_threads: of the JPEG encoder.
+
+  Returns:
+    The outcome.
+
+  Raises:
+    errors.UserError: bad arguments, another configuration, no space left.
+  """
+  _check_positive(num_identities=num_identities, cap=cap)
+  if not 1 <= quality <= 100:
+    raise errors.UserError(f"quality={quality}: JPEG knows 1 to 100")
+  config = {
+    **config,
+    "source": source,
+    "seed": seed,
+    "cap": cap,
+    "quality": quality,
+  }
+  spec = dataset.features(image_size)
+  with store_lib.Store(
+    data_dir,
+    config=config,
+    num_identities=num_identities,
+    image_size=image_size,
+    shard=shard,
+  ) as store:
+    if store.finished:
+      return Outcome(store.folder, True, 0, 0)
+    made = 0
+    sheet = _Sheet(store.scratch, every=sheet_every)
+    with (
+      Signals() as signals,
+      futures.ThreadPoolExecutor(num_threads) as pool,
+      _Progress(store.num_done, len(store.todo)) as progress,
+    ):
+      if store.num_done:
+        logging.info("resuming: %d people are there already", store.num_done)
+
+      def prepare(pid: int) -> tuple[list[futures.Future], dict[str, Any]]:
+        identity = make_identity(pid)
+        if not isinstance(identity, Identity):
+          identity = Identity(identity)
+        records, dropped = _cap(identity, cap=cap, seed=seed, pid=pid)
+        encode = lambda record: _encode(record, pid, image_size, quality)
+        return [pool.submit(encode, record) for record in records], dropped
+
+      for pid, (jobs, dropped) in _ahead(prepare, store.todo, signals):
+        records = [job.result() for job in jobs]
+        store.append(
+          pid,
+          [dataset.serialize(record, spec) for record in records],
+          _note(records, dropped),
+        )
+        made += 1
+        progress.update(len(records))
+        sheet.add(pid, records)
+    missing = store.missing()
+    if missing:
+      return Outcome(store.folder, False, made, missing, signals.number)
+    folder = store.finalize(
+      lambda entries: _describe(entries, source=source, seed=seed)
+    )
+  return Outcome(folder, True, made, 0)
+
+
+class Signals:
+  """Turns SIGTERM and Ctrl-C into a flag; a second one gets through.
+
+  Attributes:
+    number: of the first signal caught, or 0.
+  """
+
+  def __init__(self):
+    self.number = 0
+    self._old: dict[int, Any] = {}
+
+  def __enter__(self) -> "Signals":
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._old[number] = signal.signal(number, self._catch)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+    self._old = {}
+
+  def _catch(self, number: int, frame: Any) -> None:
+    del frame
+    self.number = number
+    self.__exit__()
+    logging.warning("stopping after the people in progress; again to abort")
+
+
+def _ahead(
+  prepare: Callable[[int], Any], pids: Sequence[int], signals: Signals
+) -> Iterator[tuple[int, Any]]:
+  """Yields (pid, prepare(pid)), having begun the next ones already."""
+  begun = collections.deque()
+  for pid in pids:
+    if signals.number:
+      break
+    begun.append((pid, prepare(pid)))
+    if len(begun) >= _AHEAD:
+      yield begun.popleft()
+  yield from begun
+
+
+def _cap(
+  identity: Identity, *, cap: int, seed: int, pid: int
+) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+  """Keeps `cap` records, chosen by (seed, pid), in their order."""
+  records, dropped = list(identity.records), dict(identity.dropped)
+  if len(records) > cap:
+    rng = np.random.default_rng([seed, pid])
+    chosen = rng.choice(len(records), cap, replace=False)
+    dropped["cap"] = len(records) - cap
+    records = [records[i] for i in sorted(chosen)]
+  return records, dropped
+
+
+def _encode(
+  record: Mapping[str, Any], pid: int, size: tuple[int, int], quality: int
+) -> dict[str, Any]:
+  """Returns the record with JPEG bytes for its image."""
+  image = record["image"]
+  if record["pid"] != pid:
+    raise ValueError(f"asked for pid {pid}, got one of {record['pid']}")
+  if isinstance(image, bytes):
+    with PIL.Image.open(io.BytesIO(image)) as header:
+      held = header.size[::-1]
+  else:
+    held = image.shape[:2]
+    image = images.encode_jpeg(image, quality=quality)
+  if tuple(held) != tuple(size):
+    raise ValueError(f"pid {pid}: a picture of {held}, not {size}")
+  return {**record, "image": image}
+
+
+def _note(
+  records: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]
+) -> dict[str, Any]:
+  """What the journal keeps of an identity for the manifest."""
+  tally = lambda key: dict(
+    sorted(collections.Counter(record[key] for record in records).items())
+  )
+  return {
+    "prompt": records[0]["prompt"] if records else "",
+    "dropped": {key: int(dropped[key]) for key in sorted(dropped)},
+    "view": tally("view"),
+    "lighting": tally("lighting"),
+  }
+
+
+def _describe(
+  entries: Sequence[store_lib.Entry], *, source: str, seed: int
+) -> dict[str, Any]:
+  """Returns what manifest.json says beside the configuration."""
+  totals = {
+    key: collections.Counter() for key in ("dropped", "view", "lighting")
+  }
+  for entry in entries:
+    for key, total in totals.items():
+      total.update(entry.note[key])
+  ordered = {key: dict(sorted(total.items())) for key, total in totals.items()}
+  return {
+    "source": source,
+    "seed": seed,
+    "identities": sum(entry.images > 0 for entry in entries),
+    "identities_without_images": sum(not entry.images for entry in entries),
+    "images": sum(entry.images for entry in entries),
+    "images_per_view": ordered["view"],
+    "images_per_lighting": ordered["lighting"],
+    "dropped": ordered["dropped"],
+    "versions": _versions(),
+    "commit": _commit(),
+    "prompts": {str(entry.pid): entry.note["prompt"] for entry in entries},
+  }
+
+
+def _versions() -> dict[str, str]:
+  versions = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "unknown"  # E.g. run from a checkout, not installed.
+  return versions
+
+
+def _commit() -> str | None:
+  root = pathlib.Path(__file__).resolve().parents[2]
+  if not (root / ".git").exists():
+    return None
+  try:
+    return subprocess.run(
+      ["git", "-C", str(root), "rev-parse", "HEAD"],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def _check_positive(**values: int) -> None:
+  for key, value in values.items():
+    if value < 1:
+      raise errors.UserError(f"{key}={value}: must be at least 1")
+
+
+class _Progress:
+  """Identities/s, images/s and time left: a bar, or a log line at times."""
+
+  def __init__(self, done: int, todo: int):
+    self._bar = logs.progress(
+      total=done + todo, initial=done, desc="geneperson", unit="person"
+    )
+    self._done, self._total = 0, todo
+    self._images = 0
+    self._start = self._last = time.monotonic()
+
+  def __enter__(self) -> "_Progress":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._bar.close()
+
+  def update(self, num_images: int) -> None:
+    """Counts one more identity."""
+    self._done += 1
+    self._images += num_images
+    now = time.monotonic()
+    seconds = max(now - self._start, 1e-9)
+    speed = f"{self._images / seconds:.1f} images/s"
+    self._bar.set_postfix_str(speed, refresh=False)
+    self._bar.update()
+    if self._bar.disable and now - self._last > _QUIET_SECONDS:
+      self._last = now
+      left = seconds / self._done * (self._total - self._done)
+      logging.info(
+        "%d of %d people, %s, %.0f s left",
+        self._done,
+        self._total,
+        speed,
+        left,
+      )
+
+
+class _Sheet:
+  """A picture of the last people made, once in a while, to look at."""
+
+  def __init__(self, folder: pathlib.Path, *, every: int):
+    self._folder, self._every, self._count = folder, every, 0
+    self._rows: collections.deque[list[bytes]] = collections.deque(
+      maxlen=_SHEET[0]
+    )
+
+  def add(self, pid: int, records: Sequence[Mapping[str, Any]]) -> None:
+    """Takes an identity; writes a sheet when it is time."""
+    if not self._every:
+      return
+    self._rows.append([record["image"] for record in records[: _SHEET[1]]])
+    self._count += 1
+    if self._count % self._every and self._count != 1:
+      return
+    rows = [
+      [images.decode(data, name="contact sheet") for data in row]
+      for row in self._rows
+    ]
+    with disk.reported(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      scratch = self._folder.parent / f"sheet-{pid:06d}.png"
+      PIL.Image.fromarray(images.contact_sheet(rows)).save(scratch)
+      scratch.replace(self._folder / f"contact_sheet-{pid:06d}.png")
