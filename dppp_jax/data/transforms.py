@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dppp_jax import errors, rngs
-from dppp_jax.types import Array
+from dppp_jax import errors, rngs, types
 
 # Luma as torchvision's rgb_to_grayscale has it.
 _LUMA = (0.2989, 0.587, 0.114)
@@ -85,7 +84,7 @@ class Augment:
       )
 
 
-def augment(images: Array, rng: jax.Array, spec: Augment) -> jax.Array:
+def augment(images: types.Array, rng: jax.Array, spec: Augment) -> jax.Array:
   """Augments and normalises a batch.
 
   A picture's changes depend on the key and on its place in the batch, not on
@@ -103,7 +102,7 @@ def augment(images: Array, rng: jax.Array, spec: Augment) -> jax.Array:
 
 
 def normalize(
-  images: Array,
+  images: types.Array,
   *,
   mean: tuple[float, float, float] | None = (0.5, 0.5, 0.5),
   std: tuple[float, float, float] | None = (0.5, 0.5, 0.5),
@@ -155,7 +154,7 @@ def draw(
 
 
 def apply(
-  images: Array, draws: dict[str, jax.Array], spec: Augment
+  images: types.Array, draws: dict[str, jax.Array], spec: Augment
 ) -> jax.Array:
   """Applies what `draw` drew.
 
@@ -249,7 +248,7 @@ def _crop(
   return jax.vmap(one)(padded, tops, lefts)
 
 
-def _to_unit(images: Array) -> jax.Array:
+def _to_unit(images: types.Array) -> jax.Array:
   """Returns uint8 as float32 in [0, 1], and floats as they are."""
   images = jnp.asarray(images)
   if images.dtype == jnp.uint8:
