@@ -4,15 +4,17 @@ Everything is a pure function of integers: the same seed gives the same pixels.
 People of different uses never meet, because the use is part of their entropy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
+from typing import Any
 
 import numpy as np
 
 from dppp_jax.geneperson import poses
+from dppp_jax.paperdoll import cameras, scenes, wardrobe
 from dppp_jax.paperdoll import figure as figures
 from dppp_jax.paperdoll import lighting as lights
-from dppp_jax.paperdoll import wardrobe
 
 # The uses of people. Their numbers stand in the entropy: never change them.
 DOMAINS = {
@@ -22,7 +24,9 @@ DOMAINS = {
   "dukemtmcreid": 4,
   "held_out": 5,
 }
-_PERSON, _CELL = 0, 1  # What the entropy is for.
+# What the entropy is for.
+_PERSON, _CELL, _PASSAGE, _FRAME, _PLACE = range(5)
+_STRIP = 6.0  # Width of a place in heights: many windows fit.
 _GOLDEN = 137.50776405003785  # Degrees: any number of views spreads evenly.
 
 
@@ -33,7 +37,6 @@ class Sample:
   Attributes:
     image: uint8 [H, W, 3].
     alpha: uint8 [H, W], the matte of the person.
-    skeleton: uint8 [H, W, 3], the OpenPose drawing.
     caption: the prompt.
     attributes: a word for every key of wardrobe.VALUES.
     view: "front", "side" or "back".
@@ -45,7 +48,6 @@ class Sample:
 
   image: np.ndarray
   alpha: np.ndarray
-  skeleton: np.ndarray
   caption: str
   attributes: Mapping[str, str]
   view: str
@@ -54,7 +56,13 @@ class Sample:
   lighting: str
   keypoints: poses.Keypoints
 
+  @functools.cached_property
+  def skeleton(self) -> np.ndarray:
+    """uint8 [H, W, 3], the OpenPose drawing; drawn when it is asked for."""
+    return poses.draw(self.keypoints, size=self.alpha.shape)
 
+
+@functools.lru_cache(maxsize=4096)
 def person(
   pid: int, *, seed: int, domain: str = "studio", palette: str = "even"
 ) -> wardrobe.Person:
@@ -88,9 +96,7 @@ def studio(
       (wardrobe.sentence) instead of the full prompt.
   """
   who = person(pid, seed=seed, domain=domain)
-  rng = np.random.default_rng(
-    np.random.SeedSequence((seed, DOMAINS[domain], _CELL, pid, cell))
-  )
+  rng = _rng(seed, domain, _CELL, pid, cell)
   light = lights.LIGHTINGS[rng.integers(len(lights.LIGHTINGS))].softened(0.35)
   view, pose, gait = _stance(who, cell, rng)
   placement = poses.fit(
@@ -118,7 +124,6 @@ def studio(
   return Sample(
     image=drawn.over(ground),
     alpha=drawn.alpha,
-    skeleton=poses.draw(drawn.keypoints, size=size),
     caption=caption,
     attributes=who.attributes,
     view=view.name,
@@ -127,6 +132,158 @@ def studio(
     lighting=words,
     keypoints=drawn.keypoints,
   )
+
+
+def make_identity(
+  pid: int,
+  *,
+  seed: int,
+  size: tuple[int, int] = (96, 48),
+  cells: int = 42,
+  domain: str = "geneperson",
+  person_light: float = 0.8,
+) -> Iterator[dict[str, Any]]:
+  """Yields the records of one identity of the drawn dataset.
+
+  Each cell is a person as the studio draws it, in the light of its prompt,
+  fused by its matte with a scene of the same light.
+
+  Args:
+    pid: whose pictures.
+    seed: of the world.
+    size: (height, width), pixels.
+    cells: number of pictures.
+    domain: which people.
+    person_light: how fully the light of the scene falls on the person, 0..1;
+      the matte of a person that was drawn in a studio never fits exactly.
+
+  Yields:
+    {"image": uint8 [H, W, 3], "pid", "cell", "pose", "view", "lighting",
+    "background", "prompt", "attributes"}.
+  """
+  who = person(pid, seed=seed, domain=domain)
+  for cell in range(cells):
+    rng = _rng(seed, domain, _CELL, pid, cell)
+    indoor = rng.random() < 0.2
+    usable = [x for x in lights.LIGHTINGS if x.indoor == indoor]
+    light = usable[rng.integers(len(usable))]
+    outdoor = [k for k in scenes.KINDS if k != "indoor"]
+    background = "indoor" if indoor else str(rng.choice(outdoor))
+    view, pose, gait = _stance(who, cell, rng)
+    placement = poses.fit(
+      size,
+      view,
+      fill=float(0.94 * who.height * rng.uniform(0.88, 1.0)),
+      shift=tuple(rng.uniform(-0.04, 0.04, 2).tolist()),
+    )
+    turn = float(rng.uniform(-30, 30))
+    drawn = figures.render(
+      who, gait, view, size=size, placement=placement,
+      lighting=light.softened(person_light), turn=turn,
+    )  # fmt: skip
+    scene = scenes.strip(
+      background, (seed, DOMAINS[domain], _PLACE, int(rng.integers(2**31))),
+      height=size[0], width=2 * size[1], lighting=light,
+    )  # fmt: skip
+    ground = scenes.window(scene, size[1], at=rng.random())
+    ground = figures.shadow(drawn, ground, strength=0.35)
+    activity = poses.POSES[pose][0]
+    yield {
+      "image": drawn.over(ground),
+      "pid": pid,
+      "cell": cell,
+      "pose": pose,
+      "view": view.name,
+      "lighting": light.words,
+      "background": background,
+      "prompt": wardrobe.caption(
+        who.attributes,
+        activity=activity,
+        view=view.name,
+        lighting=light.words,
+      ),
+      "attributes": dict(who.attributes),
+    }
+
+
+def street(
+  pid: int,
+  camera: int,
+  frame: int,
+  *,
+  benchmark: str,
+  seed: int,
+  size: tuple[int, int] = (96, 48),
+  crop: float = 1.0,
+) -> np.ndarray:
+  """Shows how a street camera sees a person.
+
+  Args:
+    pid: whose picture; -1 for a picture of the place with nobody in it.
+    camera: number of the camera, from 1 as benchmarks count.
+    frame: which picture of this person before this camera.
+    benchmark: "market1501" or "dukemtmcreid": people, places and cameras.
+    seed: of the world.
+    size: (height, width), pixels.
+    crop: factor on the error of the box around the person; a detector's bad
+      boxes have 5 and more.
+
+  Returns:
+    uint8 [H, W, 3], before the camera's JPEG.
+  """
+  here = cameras.SETS[benchmark][camera - 1]
+  # A person passes a camera at one hour, in one direction.
+  passage = _rng(seed, benchmark, _PASSAGE, pid + 1, camera)
+  light_index = int(passage.choice(here.lightings))
+  light = lights.LIGHTINGS[light_index]
+  azimuth = here.heading + 180.0 * passage.integers(2) + passage.normal(0, 25)
+  at = passage.random()
+  rng = _rng(seed, benchmark, _FRAME, pid + 1, camera, frame)
+  place = _place(benchmark, camera, light_index, seed, size[0])
+  at = float(np.clip(at + rng.normal(0.0, 0.06), 0.0, 1.0))
+  image = scenes.window(place, size[1], at=at)
+  if pid >= 0:
+    who = person(pid, seed=seed, domain=benchmark, palette="street")
+    elevation = float(np.clip(here.elevation + rng.normal(0, 3), 0, 40))
+    view = poses.View(azimuth + float(rng.normal(0, 12)), elevation)
+    shift = crop * here.jitter * rng.standard_normal(3)
+    placement = poses.fit(
+      size, view,
+      fill=float(here.fill * (0.5 + 0.5 * who.height) * (1.0 + shift[0])),
+      shift=(float(shift[1]), float(shift[2])),
+    )  # fmt: skip
+    pose = poses.POSES[int(rng.integers(len(poses.POSES)))][1]
+    drawn = figures.render(
+      who, dataclasses.replace(pose, phase=float(rng.random())), view,
+      size=size, placement=placement, lighting=light,
+      turn=40.0 * camera + float(rng.normal(0, 10)),
+    )  # fmt: skip
+    image = figures.shadow(drawn, image, strength=0.4)
+    image = drawn.over(image)
+  if rng.random() < here.occluded:
+    image = cameras.occlude(image, light.gain / lights.EVEN.gain, rng)
+  return cameras.expose(image, here, rng)
+
+
+@functools.lru_cache(maxsize=64)
+def _place(
+  benchmark: str, camera: int, light: int, seed: int, height: int
+) -> np.ndarray:
+  here = cameras.SETS[benchmark][camera - 1]
+  return scenes.strip(
+    here.scene,
+    (seed, DOMAINS[benchmark], _PLACE, camera),
+    height=height,
+    width=round(_STRIP * height),
+    lighting=lights.LIGHTINGS[light],
+    # The steeper a camera looks down, the more ground is in its pictures.
+    horizon=max(0.04, 0.55 - 0.02 * here.elevation),
+  )
+
+
+def _rng(seed: int, domain: str, *numbers: int) -> np.random.Generator:
+  entropy = (seed, DOMAINS[domain], *numbers)
+  return np.random.default_rng(np.random.SeedSequence(entropy))
 
 
 def _stance(
