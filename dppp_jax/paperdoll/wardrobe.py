@@ -85,10 +85,10 @@ VALUES: dict[str, tuple[str, ...]] = {
   "bag_color": ("none", *COLORS),
 }
 
-_CLOTHES = {
-  "upper": "upper clothes",
-  "lower": "lower clothes",
-  "footwear": "footwear",
+_TYPES = {
+  "upper": UPPER_TYPES,
+  "lower": LOWER_TYPES,
+  "footwear": FOOTWEAR_TYPES,
 }
 _PLURAL = ("trousers", "jeans", "shorts", *FOOTWEAR_TYPES)
 
@@ -169,50 +169,49 @@ def person(entropy: tuple[int, ...], *, palette: str = "even") -> Person:
   )
 
 
-def phrase(attribute: str, value: str) -> str:
-  """Returns the sentence for one value of one attribute.
+def phrases(attribute: str, value: str) -> tuple[str, ...]:
+  """Returns the sentences for one value of one attribute.
 
-  These are the class prompts of zero-shot classification, in the words of
-  `caption`.
+  These are the class prompts of zero-shot classification, to be averaged; their
+  words are those of `sentence`. A colour or pattern is named with every type of
+  garment that can have it.
 
   Args:
     attribute: a key of VALUES.
     value: one of its values.
   """
   part, _, what = attribute.partition("_")
-  if part in _CLOTHES and what != "type":
-    return f"a person in {value} {_CLOTHES[part]}"
-  if part in _CLOTHES:
-    return f"a person in {_noun([], value)}"
+  if part in _TYPES and what == "type":
+    return (worn(part, [], value),)
+  if part in _TYPES:
+    return tuple(worn(part, [value], kind) for kind in _TYPES[part])
+  templates = {
+    "gender": "a {}",
+    "body": "a person with a {} figure",
+    "skin": "a person with {} skin",
+    "hair_color": "a person with {} hair",
+    "hair_length": "a person with {} hair",
+    "hair_style": "a person with {} hair",
+    "hat": "a person with a {}",
+    "bag": "a person with a {}",
+  }
   if value == "none":
-    return f"a person without a {part}"
-  if attribute == "gender":
-    return f"a {value}"
-  noun = {
-    "body": "a {} figure",
-    "skin": "{} skin",
-    "hair_color": "{} hair",
-    "hair_length": "{} hair",
-    "hair_style": "{} hair",
-    "hat": "a {}",
-    "hat_color": "a {} hat",
-    "bag": "a {}",
-    "bag_color": "a {} bag",
-  }[attribute]
-  return f"a person with {noun.format(value)}"
+    return (f"a person without a {part}",)
+  if attribute in ("hat_color", "bag_color"):
+    things = HATS[1:] if part == "hat" else BAGS[1:]
+    return tuple(f"a person with a {value} {thing}" for thing in things)
+  return (templates[attribute].format(value),)
 
 
-def garment(part: str, color: str, pattern: str, kind: str) -> str:
+def worn(part: str, adjectives: list[str], kind: str) -> str:
   """Returns e.g. "a person in a red striped shirt".
 
   Args:
-    part: "upper", "lower" or "footwear"; the last has no pattern.
-    color: a colour.
-    pattern: a pattern.
+    part: "upper", "lower" or "footwear".
+    adjectives: colour and pattern, either may be left out.
     kind: a type of the part.
   """
-  words = [color] if part == "footwear" else [color, pattern]
-  return f"a person in {_noun(words, kind)}"
+  return f"a person in {_noun(adjectives, kind)}"
 
 
 def sentence(
@@ -225,7 +224,7 @@ def sentence(
   """Returns a short sentence that names some of the attributes.
 
   Beside the long prompts of `caption` these teach a text tower the words of
-  `phrase` one by one.
+  `phrases` one by one.
 
   Args:
     attributes: of the person.
