@@ -120,10 +120,7 @@ class Shards:
     self._starts = np.concatenate(starts)
     self._lengths = np.concatenate(lengths)
     self._ends = np.cumsum([len(s) for s in starts])
-    self.pids = np.array(
-      [self._feature(i)["pid"].int64_list.value[0] for i in range(len(self))],
-      np.int64,
-    )
+    self.pids = np.array([self._pid(i) for i in range(len(self))], np.int64)
     self.camids = np.zeros(len(self), np.int64)
 
   def __len__(self) -> int:
@@ -172,6 +169,14 @@ class Shards:
       raise IndexError(f"record {i} of {len(self)}")
     shard = int(np.searchsorted(self._ends, i, side="right"))
     return shard, i - (int(self._ends[shard - 1]) if shard else 0)
+
+  def _pid(self, i: int) -> int:
+    feature = self._feature(i)
+    if "pid" not in feature or "image" not in feature:
+      raise errors.UserError(
+        f"{self.name(i)}: has no pid or no image: is it another dataset?"
+      )
+    return feature["pid"].int64_list.value[0]
 
   def _feature(self, i: int) -> Any:
     try:
