@@ -1,0 +1,353 @@
+"""Images in, features out: what a trained run is for.
+
+An extractor knows the sizes of its network, its input and its normalisation; it
+needs no dataset and no number of classes. Whatever comes in is read by threads,
+resized, and run through one compiled program of one batch size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppp_jax import checkpoints, errors, logs, trees, types
+from dppp_jax.data import images as images_lib
+from dppp_jax.data import source as source_lib
+from dppp_jax.data import transforms
+from dppp_jax.evals import spec as spec_lib
+from dppp_jax.models import clip, heads
+from dppp_jax.weights import hub, load
+
+RUN_FILE = "extractor.json"
+EXPORT_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_USED = ("clip/vision_model/", "clip/visual_projection/", "projector/")
+
+
+class Extractor:
+  """Maps person images to features of norm 1.
+
+  Args:
+    spec: what the network is and what it wants to see.
+    params: {"clip": {"vision_model", "visual_projection"}, "projector"}; more
+      than that is left aside.
+    batch_size: images a step; smaller batches are padded to it.
+    dtype: compute dtype; by default bfloat16 on accelerators and float32 on
+      CPUs.
+    num_threads: that read and resize.
+    where: where the parameters come from, for messages.
+
+  Attributes:
+    num_compilations: programs compiled so far: at most one.
+
+  Raises:
+    errors.UserError: parameters of another model, or NaN among them.
+  """
+
+  def __init__(
+    self,
+    spec: spec_lib.Spec,
+    params: types.Params,
+    *,
+    batch_size: int = 64,
+    dtype: jax.typing.DTypeLike | None = None,
+    num_threads: int | None = None,
+    where: str = "the parameters",
+  ):
+    if dtype is None:
+      dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    self.spec = spec
+    self.where = where
+    self.params = _used(spec, params, where)
+    self.num_compilations = 0
+    self._batch_size = batch_size
+    self._num_threads = num_threads or min(8, os.cpu_count() or 1)
+    self._forward = make_forward(spec, dtype)
+    self._compiled = None
+    self._on_device = None
+
+  def __call__(
+    self,
+    images: np.ndarray | Sequence[np.ndarray | str | os.PathLike],
+    *,
+    progress: bool = False,
+  ) -> np.ndarray:
+    """Extracts features.
+
+    Args:
+      images: uint8 [B, H, W, 3]; or a sequence of uint8 arrays ([H, W],
+        [H, W, 1], [H, W, 3] or [H, W, 4], of any sizes) and of paths.
+      progress: show a progress bar.
+
+    Returns:
+      float32 [B, D], of L2 norm 1.
+
+    Raises:
+      errors.UserError: a file that is missing or damaged (it is named), or an
+        array that is no uint8 image.
+    """
+    is_one = isinstance(images, (str, os.PathLike)) or (
+      isinstance(images, np.ndarray) and images.ndim != 4
+    )
+    if is_one:
+      raise errors.UserError(
+        "give uint8 [B, H, W, 3] or a list of images, not one image"
+      )
+    read = lambda i: _to_image(images[i], i)
+    desc = "extract" if progress else None
+    return self._run(read, len(images), on_corrupt="error", desc=desc)[0]
+
+  def extract(
+    self,
+    source: source_lib.Source,
+    *,
+    on_corrupt: Literal["error", "skip"] = "error",
+    desc: str = "extract",
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Extracts the features of a whole source, with a progress bar.
+
+    Args:
+      source: N images.
+      on_corrupt: what an image that cannot be decoded does.
+      desc: what the bar says.
+
+    Returns:
+      float32 [M, D] and the indices of the M images that could be read.
+    """
+    if on_corrupt not in ("error", "skip"):
+      raise errors.UserError(
+        f"on_corrupt {on_corrupt!r} is none of error, skip"
+      )
+    return self._run(source.read, len(source), on_corrupt=on_corrupt, desc=desc)
+
+  def _run(
+    self,
+    read: Callable[[int], np.ndarray],
+    num: int,
+    *,
+    on_corrupt: str,
+    desc: str | None,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    if self._compiled is None:
+      self._compile()
+    features = np.zeros((num, self.spec.width), np.float32)
+    sound = np.ones(num, bool)
+    bar = desc and logs.progress(total=num, desc=desc, unit="image")
+    waiting = None  # One batch is on the device while the next is read.
+    for start, batch, good in self._batches(read, num, on_corrupt):
+      sound[start : start + len(good)] = good
+      output = self._compiled(self._on_device, batch)
+      if waiting is not None:
+        _take(features, *waiting)
+      waiting = start, output
+      if bar is not None:
+        bar.update(len(good))
+    if waiting is not None:
+      _take(features, *waiting)
+    if bar is not None:
+      bar.close()
+    return features[sound], np.flatnonzero(sound)
+
+  def _batches(
+    self, read: Callable[[int], np.ndarray], num: int, on_corrupt: str
+  ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields (start, images [batch_size, H, W, 3], which could be read)."""
+
+    def load_one(i: int) -> np.ndarray | None:
+      try:
+        image = read(i)
+      except images_lib.CorruptImageError:
+        if on_corrupt == "skip":
+          return None
+        raise
+      return images_lib.resize(
+        image, self.spec.image_size, interpolation=self.spec.interpolation
+      )
+
+    size = self._batch_size
+    pool = futures.ThreadPoolExecutor(self._num_threads)
+    try:
+      numbers = iter(range(num))
+      ahead = [
+        pool.submit(load_one, i) for i in itertools.islice(numbers, 2 * size)
+      ]
+      for start in range(0, num, size):
+        batch = np.zeros((size, *self.spec.image_size, 3), np.uint8)
+        now, ahead = ahead[:size], ahead[size:]
+        good = np.zeros(len(now), bool)
+        for lane, future in enumerate(now):
+          image = future.result()
+          if image is not None:
+            batch[lane], good[lane] = image, True
+        ahead += [
+          pool.submit(load_one, i) for i in itertools.islice(numbers, size)
+        ]
+        yield start, batch, good
+    finally:
+      pool.shutdown(wait=True, cancel_futures=True)
+
+  def _compile(self) -> None:
+    self._on_device = jax.device_put(self.params)
+    images = jax.ShapeDtypeStruct(
+      (self._batch_size, *self.spec.image_size, 3), np.uint8
+    )
+    forward = jax.jit(self._forward)
+    self._compiled = forward.lower(self._on_device, images).compile()
+    self.num_compilations += 1
+
+
+def load_extractor(
+  path: str | os.PathLike,
+  *,
+  feature: spec_lib.Feature | None = None,
+  image_size: tuple[int, int] | None = None,
+  step: int | None = None,
+  batch_size: int = 64,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> Extractor:
+  """Loads an extractor from a run, an export or a CLIP checkpoint.
+
+  Args:
+    path: a run folder (extractor.json and checkpoints/), an export folder
+      (launch/export.py), a CLIP checkpoint folder in Hugging Face's layout, or
+      a hub id of one.
+    feature: "content", "projected" or "concat"; what the folder says by
+      default, "projected" for a CLIP.
+    image_size: (H, W), what the folder says by default. A CLIP is given people:
+      256 x 128, or 1.5 times its own side and half as wide if that is less.
+    step: checkpoint of a run, the newest by default.
+    batch_size: images a step.
+    dtype: compute dtype, see `Extractor`.
+
+  Raises:
+    errors.UserError: nothing there to load, or damaged, or of another model.
+  """
+  path = pathlib.Path(path)
+  if (path / RUN_FILE).is_file():
+    spec = spec_lib.Spec.from_json(path / RUN_FILE)
+    step, params = checkpoints.restore_model(path, step)
+    where = f"{path} (step {step})"
+  elif _is_export(path):
+    spec = spec_lib.Spec.from_json(path / EXPORT_FILE)
+    params = trees.unflatten(hub.read_tensors(path / WEIGHTS_FILE))
+    where = str(path / WEIGHTS_FILE)
+  elif (path / "checkpoints").is_dir() or (path / "environment.json").is_file():
+    raise errors.UserError(
+      f"{path}: a run folder without {RUN_FILE}: train it to the end of its"
+      " first stage with launch/train.py"
+    )
+  else:
+    folder = hub.resolve(path)
+    config, params = load.clip(folder)
+    spec, params = spec_lib.of_clip(folder, config.vision), {"clip": params}
+    where = str(folder)
+  changes = {"feature": feature, "image_size": image_size}
+  spec = dataclasses.replace(
+    spec, **{key: value for key, value in changes.items() if value}
+  )
+  return Extractor(
+    spec, params, batch_size=batch_size, dtype=dtype, where=where
+  )
+
+
+def make_forward(
+  spec: spec_lib.Spec, dtype: jax.typing.DTypeLike = "float32"
+) -> Callable[[types.Params, jax.Array], jax.Array]:
+  """Returns the pure function (params, uint8 [B, H, W, 3]) -> [B, D]."""
+  tower = clip.VisionTower(spec.vision, dtype=dtype)
+  projector = heads.Projector(**spec.projector) if spec.projector else None
+
+  def forward(params: types.Params, images: jax.Array) -> jax.Array:
+    pixels = transforms.normalize(images, mean=spec.mean, std=spec.std)
+    output = tower.apply({"params": params["clip"]}, pixels)
+    feature = output.projected.astype(jnp.float32)
+    if spec.feature == "content":
+      feature = projector.apply({"params": params["projector"]}, feature)
+    elif spec.feature == "concat":
+      cls = output.cls.astype(jnp.float32)
+      feature = jnp.concatenate([cls, feature], axis=-1)
+    norm = jnp.linalg.norm(feature, axis=-1, keepdims=True)
+    return feature / jnp.maximum(norm, 1e-12)
+
+  return forward
+
+
+def _take(features: np.ndarray, start: int, output: jax.Array) -> None:
+  part = features[start : start + len(output)]
+  part[:] = np.asarray(output)[: len(part)]
+
+
+def _to_image(item: Any, i: int) -> np.ndarray:
+  """Returns uint8 [H, W, 3] of an array or a path."""
+  if isinstance(item, (str, os.PathLike)):
+    try:
+      data = pathlib.Path(item).read_bytes()
+    except OSError as error:
+      raise images_lib.CorruptImageError(
+        f"{item}: cannot be read ({error.strerror}): restore the file"
+      ) from error
+    return images_lib.decode(data, name=str(item))
+  image = np.asarray(item)
+  if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+    raise errors.UserError(
+      f"image {i} is {image.dtype} {image.shape}: give uint8 [H, W, 3], 0 to"
+      " 255, or a path"
+    )
+  if image.ndim == 2:
+    image = image[:, :, None]
+  if image.shape[2] == 1:
+    return np.repeat(image, 3, axis=2)
+  if image.shape[2] not in (3, 4):
+    raise errors.UserError(
+      f"image {i} has {image.shape[2]} channels: give grey, RGB or RGBA"
+    )
+  return np.ascontiguousarray(image[:, :, :3])
+
+
+def _used(
+  spec: spec_lib.Spec, params: types.Params, where: str
+) -> types.Params:
+  """Returns the float32 parameters that the extractor reads, all accounted."""
+  expected = {"clip": clip.param_shapes(spec.vision)}
+  if spec.feature == "content":
+    width = jax.ShapeDtypeStruct((1, spec.vision.projection_dim), np.float32)
+    expected["projector"] = jax.eval_shape(
+      heads.Projector(**spec.projector).init, jax.random.key(0), width
+    )["params"]
+  names = tuple(
+    name
+    for name in _USED
+    if spec.feature == "content" or "projector" not in name
+  )
+  given = {
+    name: leaf
+    for name, leaf in trees.flatten(params).items()
+    if name.startswith(names)
+  }
+  merged = trees.flatten(trees.merge(expected, given, where=where))
+  merged = {k: np.asarray(v, np.float32) for k, v in merged.items()}
+  for name, leaf in merged.items():
+    if not np.isfinite(leaf).all():
+      raise errors.UserError(
+        f"{where}: the tensor {name} holds NaN or Inf: the training diverged,"
+        " take an earlier checkpoint"
+      )
+  return trees.unflatten(merged)
+
+
+def _is_export(path: pathlib.Path) -> bool:
+  file = path / EXPORT_FILE
+  if not file.is_file():
+    return False
+  try:
+    return spec_lib.MARK in json.loads(file.read_text())
+  except ValueError:
+    return False  # Whoever reads it next says so.

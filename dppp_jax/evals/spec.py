@@ -1,0 +1,111 @@
+"""How to read features off a trained network: what extractor.json says."""
+
+from collections.abc import Mapping
+import dataclasses
+import importlib.metadata
+import pathlib
+from typing import Any, Literal
+
+from dppp_jax import errors
+from dppp_jax.models import clip
+from dppp_jax.weights import export, hub
+
+FEATURES = ("content", "projected", "concat")
+MARK = "dppp_jax"  # The key by which an export differs from a CLIP folder.
+
+Feature = Literal["content", "projected", "concat"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+  """What extractor.json says.
+
+  Attributes:
+    vision: sizes of the vision tower.
+    projector: arguments of `heads.Projector`, or None where there is none.
+    feature: "content" (v_c = P_s(v_g), DPPP's), "projected" (v_g) or "concat"
+      (class token and v_g, CLIP-ReID's).
+    image_size: (H, W) of the network's input.
+    mean: of the normalisation, per channel.
+    std: of the normalisation, per channel.
+    interpolation: of the resize, "bilinear" or "bicubic".
+  """
+
+  vision: clip.VisionConfig
+  projector: Mapping[str, Any] | None = None
+  feature: Feature = "projected"
+  image_size: tuple[int, int] = (256, 128)
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  interpolation: str = "bilinear"
+
+  def __post_init__(self):
+    if self.feature not in FEATURES:
+      raise errors.UserError(
+        f"feature {self.feature!r} is unknown: use one of {', '.join(FEATURES)}"
+      )
+    if self.feature == "content" and self.projector is None:
+      raise errors.UserError(
+        "feature 'content' needs the projector that stage psd trains, and this"
+        " model has none: use 'projected' or 'concat'"
+      )
+    self.vision.grid(*self.image_size)
+
+  @property
+  def width(self) -> int:
+    """Width of a feature."""
+    projected = self.vision.projection_dim
+    if self.feature == "content":
+      return self.projector["features"]
+    more = self.vision.hidden_size if self.feature == "concat" else 0
+    return projected + more
+
+  @classmethod
+  def from_json(cls, path: pathlib.Path) -> "Spec":
+    """Reads extractor.json, or the config.json of an export.
+
+    Raises:
+      errors.UserError: a key is missing, unknown or holds nonsense.
+    """
+    values = hub.read_json(path)
+    values.pop(MARK, None)
+    width = values.pop("projection_dim", None)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if missing := known - values.keys():
+      raise errors.UserError(
+        f"{path}: the key {sorted(missing)[0]!r} is missing: export again"
+      )
+    if unknown := values.keys() - known:
+      raise errors.UserError(
+        f"{path}: the key {sorted(unknown)[0]!r} is unknown: it was written by"
+        " another version of dppp_jax"
+      )
+    try:
+      values["vision"] = clip.VisionConfig(
+        **(values["vision"] | ({"projection_dim": width} if width else {}))
+      )
+      for key in ("image_size", "mean", "std"):
+        values[key] = tuple(values[key])
+      return cls(**values)
+    except (TypeError, ValueError) as error:
+      raise errors.UserError(f"{path}: {error}: export again") from error
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what `from_json` reads."""
+    return {
+      MARK: importlib.metadata.version("dppp-jax"),
+      "projection_dim": self.vision.projection_dim,
+      **dataclasses.asdict(self),
+    }
+
+
+def of_clip(folder: pathlib.Path, vision: clip.VisionConfig) -> Spec:
+  """Returns how a plain CLIP is used on people."""
+  height = min(256, vision.image_size * 3 // 2)
+  constants = {"mean": export.CLIP_MEAN, "std": export.CLIP_STD}
+  file = folder / "preprocessor_config.json"
+  if file.is_file():
+    values = hub.read_json(file)
+    for key in constants:
+      constants[key] = tuple(values.get(f"image_{key}", constants[key]))
+  return Spec(vision=vision, image_size=(height, height // 2), **constants)
