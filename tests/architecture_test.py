@@ -28,6 +28,7 @@ _FLOORS = {
     "methods": 5,
     "paperdoll": 5,
     "cli": 6,
+    "pretraining": 6,
 }
 _TOP = ("launch", "data_tools", "benchmarks", "configs", "tests")
 # pip name -> the only places that may import it.

@@ -1,0 +1,29 @@
+"""Pre-trains the small networks of the embedded default.
+
+python launch/pretrain.py --config configs/pretrain_clip.py --workdir runs/clip
+"""
+
+from absl import flags
+
+from dppp_jax import cli, pretraining
+
+
+def define_flags():
+  """Defines what a pre-training needs beside its config."""
+  flags.DEFINE_string(
+    "workdir", None, "Run folder; run again to resume.", required=True
+  )
+
+
+def main(args) -> int:
+  """Trains, and says where the network lies."""
+  folder = pretraining.train_clip(args.config.to_dict(), args.workdir)
+  if folder is None:
+    print(f"stopped; run the same command again to go on in {args.workdir}")
+    return 0
+  print(f"{folder}: {(folder / 'README.md').read_text()}")
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main, config="pretrain_clip.py", define_flags=define_flags)
