@@ -5,6 +5,7 @@ cameras before a supermarket), one for DukeMTMC-reID (eight on a campus).
 """
 
 import dataclasses
+import functools
 
 import cv2
 import numpy as np
@@ -90,7 +91,26 @@ DUKEMTMCREID: tuple[Camera, ...] = (
          jitter=0.05, occluded=0.12),
 )  # fmt: skip
 
+# Share of their full strength at which cameras and lights work. At 1 pictures
+# resemble each other by camera alone, at 0 a histogram of colours finds people.
+SEVERITY = 0.5
+
 SETS = {"market1501": MARKET1501, "dukemtmcreid": DUKEMTMCREID}
+
+
+@functools.cache
+def softened(camera: Camera, share: float) -> Camera:
+  """Returns a camera between a neutral one (share 0) and itself (share 1)."""
+  near = lambda value: 1.0 + share * (value - 1.0)
+  return dataclasses.replace(
+    camera,
+    tint=tuple(near(t) for t in camera.tint),
+    gamma=near(camera.gamma),
+    saturation=near(camera.saturation),
+    contrast=near(camera.contrast),
+    blur=camera.blur * (0.4 + 0.6 * share),
+    noise=camera.noise * (0.3 + 0.7 * share),
+  )
 
 
 def occlude(

@@ -207,8 +207,8 @@ def skirt(doll: Doll, kind: str) -> None:
   half = np.interp(reach, _LEG_AT, _LEG_HALF) * doll.person.girth * doll.scale
   hem_half = max(flare * float(girth[-1]), apart + half + 0.012 * doll.scale)
   pelvis, neck = doll.at("pelvis"), doll.at("neck")
-  # A waistband where the upper garment may be tucked in.
-  top = pelvis + (0.34 if kind == "skirt" else 0.22) * (neck - pelvis)
+  # Skirts and dresses meet the upper half at the waist, others at the hips.
+  top = pelvis + (0.22 if kind in ("coat", "long skirt") else 0.34) * (neck - pelvis)
   shares = np.array([0.0, 0.3, 0.65, 1.0])
   center = top + shares[:, None] * (hem - top)
   loose = 1.04 if kind == "coat" else 1.02

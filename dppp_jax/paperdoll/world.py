@@ -215,6 +215,7 @@ def street(
   seed: int,
   size: tuple[int, int] = (96, 48),
   crop: float = 1.0,
+  severity: float = cameras.SEVERITY,
 ) -> np.ndarray:
   """Shows how a street camera sees a person.
 
@@ -227,19 +228,20 @@ def street(
     size: (height, width), pixels.
     crop: factor on the error of the box around the person; a detector's bad
       boxes have 5 and more.
+    severity: how much cameras and lights change pictures, 0 (little) to 1.
 
   Returns:
     uint8 [H, W, 3], before the camera's JPEG.
   """
-  here = cameras.SETS[benchmark][camera - 1]
+  here = cameras.softened(cameras.SETS[benchmark][camera - 1], severity)
   # A person passes a camera at one hour, in one direction.
   passage = _rng(seed, benchmark, _PASSAGE, pid + 1, camera)
   light_index = int(passage.choice(here.lightings))
-  light = lights.LIGHTINGS[light_index]
+  light = lights.LIGHTINGS[light_index].softened(severity)
   azimuth = here.heading + 180.0 * passage.integers(2) + passage.normal(0, 25)
   at = passage.random()
   rng = _rng(seed, benchmark, _FRAME, pid + 1, camera, frame)
-  place = _place(benchmark, camera, light_index, seed, size[0])
+  place = _place(benchmark, camera, light_index, severity, seed, size[0])
   at = float(np.clip(at + rng.normal(0.0, 0.06), 0.0, 1.0))
   image = scenes.window(place, size[1], at=at)
   if pid >= 0:
@@ -267,7 +269,12 @@ def street(
 
 @functools.lru_cache(maxsize=64)
 def _place(
-  benchmark: str, camera: int, light: int, seed: int, height: int
+  benchmark: str,
+  camera: int,
+  light: int,
+  severity: float,
+  seed: int,
+  height: int,
 ) -> np.ndarray:
   here = cameras.SETS[benchmark][camera - 1]
   return scenes.strip(
@@ -275,7 +282,7 @@ def _place(
     (seed, DOMAINS[benchmark], _PLACE, camera),
     height=height,
     width=round(_STRIP * height),
-    lighting=lights.LIGHTINGS[light],
+    lighting=lights.LIGHTINGS[light].softened(severity),
     # The steeper a camera looks down, the more ground is in its pictures.
     horizon=max(0.04, 0.55 - 0.02 * here.elevation),
   )
