@@ -23,6 +23,8 @@ Config = clip_config.Config
 VisionConfig = clip_config.VisionConfig
 TextConfig = clip_config.TextConfig
 VARIANTS = clip_config.VARIANTS
+vision_from_hf = clip_config.vision_from_hf
+text_from_hf = clip_config.text_from_hf
 
 # Before 2023 Hugging Face wrote this id into every CLIP configuration, SDXL's
 # included. No CLIP vocabulary has its end of text there: it means "the highest
@@ -71,6 +73,7 @@ class _VisionEmbeddings(nn.Module):
     self, images: types.Array, class_offset: types.Array | None
   ) -> jax.Array:
     config = self.config
+    grid = config.grid(*images.shape[1:3])
     patches = layers.PatchEmbedding(
       config.hidden_size,
       config.patch_size,
@@ -90,11 +93,11 @@ class _VisionEmbeddings(nn.Module):
     ).embedding
     wide = layers.stream_dtype(self.dtype)
     positions = positions.astype(wide)
-    cls = jnp.broadcast_to(cls.astype(wide), (len(images), 1, width))
+    cls = jnp.broadcast_to(cls.astype(wide), (images.shape[0], 1, width))
     if class_offset is not None:
       cls = cls + class_offset[:, None].astype(wide)
     square = positions[1:].reshape(config.side, config.side, width)
-    square = layers.bilinear_grid(square, config.grid(*images.shape[1:3]))
+    square = layers.bilinear_grid(square, grid)
     x = jnp.concatenate([cls, patches.astype(wide)], axis=1)
     positions = jnp.concatenate([positions[:1], square.reshape(-1, width)])
     return x + positions[None]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 from typing import Any
 
 from dppp_jax import errors
@@ -13,19 +12,22 @@ def _check(config: Any) -> None:
   """Refuses sizes that cannot be built, in the words of config.json."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    is_size = field.type == "int" or field.type is int
-    if is_size and (not isinstance(value, int) or value < 0):
+    least = 0 if field.name.endswith("_id") else 1
+    if field.type is int and (not isinstance(value, int) or value < least):
       raise errors.UserError(
         f"{field.name} is {value!r} in the CLIP configuration: it must be a"
-        " whole number"
+        f" whole number of at least {least}"
       )
   if config.hidden_size % config.num_attention_heads:
     raise errors.UserError(
       f"hidden_size {config.hidden_size} is not a multiple of"
       f" num_attention_heads {config.num_attention_heads}: mend config.json"
     )
-  if not math.isfinite(config.layer_norm_eps):
-    raise errors.UserError("layer_norm_eps must be a number: mend config.json")
+  if not isinstance(config.layer_norm_eps, float | int):
+    raise errors.UserError(
+      f"layer_norm_eps is {config.layer_norm_eps!r} in the CLIP configuration:"
+      " it must be a number"
+    )
   layers.activation(config.hidden_act)
 
 
@@ -68,6 +70,11 @@ class VisionConfig:
 
   def __post_init__(self):
     _check(self)
+    if self.patch_size > self.image_size:
+      raise errors.UserError(
+        f"patch_size {self.patch_size} exceeds image_size {self.image_size} in"
+        " the CLIP configuration: mend config.json"
+      )
 
   @property
   def side(self) -> int:

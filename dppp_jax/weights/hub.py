@@ -1,0 +1,323 @@
+"""From a folder, a file or a hub id to named tensors on the host."""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import pathlib
+import pickle
+import re
+from typing import Any
+import warnings
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+
+from dppp_jax import errors
+
+# What is fetched from a hub: repositories also hold the same weights for
+# other frameworks, gigabytes of them.
+PATTERNS = (
+  "*.json",
+  "*.txt",
+  "model.safetensors",
+  "model-*-of-*.safetensors",
+  "open_clip_model.safetensors",
+)
+_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
+
+_STEMS = (
+  "model",
+  "diffusion_pytorch_model",
+  "pytorch_model",
+  "open_clip_model",
+  "open_clip_pytorch_model",
+)
+_FORMS = (
+  ".safetensors",
+  ".safetensors.index.json",
+  ".fp16.safetensors",
+  ".safetensors.index.fp16.json",
+  ".bin",
+  ".bin.index.json",
+)
+_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": jnp.bfloat16,
+  "F8_E4M3": jnp.float8_e4m3fn,
+  "F8_E5M2": jnp.float8_e5m2,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+
+
+def resolve(
+  spec: str | pathlib.Path, *, patterns: Sequence[str] = PATTERNS
+) -> pathlib.Path:
+  """Returns the local folder or file that a user means.
+
+  Args:
+    spec: a folder, a file, or the id of a Hugging Face repository
+      ("owner/name"), which is fetched into the usual cache. What exists on
+      disk goes first.
+    patterns: the files of a repository that are fetched.
+
+  Raises:
+    errors.UserError: there is no such path, and the hub has no such
+      repository or cannot be reached.
+  """
+  path = pathlib.Path(spec).expanduser()
+  if path.exists():
+    return path
+  text = str(spec)
+  parent = path.parent
+  is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", text) is not None
+  if not is_id or parent.exists() or path.suffix in _READERS:
+    raise errors.UserError(
+      f"{text} does not exist: give a folder with config.json and"
+      " model.safetensors, a file, or a hub id such as"
+      " openai/clip-vit-base-patch16"
+    )
+  # Slow to import, and not needed for what lies on disk.
+  import huggingface_hub
+
+  try:
+    folder = huggingface_hub.snapshot_download(text, allow_patterns=patterns)
+    if not any(pathlib.Path(folder).glob("*.safetensors")):
+      # Repositories older than safetensors.
+      folder = huggingface_hub.snapshot_download(
+        text, allow_patterns=[*patterns, *_PICKLES]
+      )
+  except (OSError, ValueError) as error:  # All of the hub's errors are these.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise errors.UserError(
+      f"{text} is no local path and could not be fetched from the hub"
+      f" ({reason}): check the name and the network, or give a local folder"
+    ) from error
+  return pathlib.Path(folder)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    errors.UserError: the file is missing or holds something else.
+  """
+  if not path.is_file():
+    raise errors.UserError(
+      f"{path} does not exist: is {path.parent} a checkpoint folder?"
+    )
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise errors.UserError(
+      f"{path} is not JSON ({error}): fetch it again"
+    ) from error
+  if not isinstance(values, dict):
+    raise errors.UserError(f"{path} holds no JSON object: fetch it again")
+  return values
+
+
+def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads all tensors of a file, or of a folder whole or in shards.
+
+  Args:
+    path: a .safetensors file, an index of shards, a torch .bin, .pt, .pth or
+      .ckpt (only where torch is installed; never executes what it holds), or
+      a folder with one of them.
+
+  Returns:
+    {name: array} in the dtypes of the file; the arrays may lie in the file
+    (memory-mapped, read-only).
+
+  Raises:
+    errors.UserError: nothing to read, or it is damaged.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    path = _weights_in(path)
+  if not path.exists():
+    raise errors.UserError(f"{path} does not exist: give a checkpoint")
+  if path.suffix not in _READERS:
+    raise errors.UserError(
+      f"{path} is no checkpoint that can be read: give one that ends in"
+      f" {', '.join(_READERS)}"
+    )
+  return _READERS[path.suffix](path)
+
+
+def _weights_in(folder: pathlib.Path) -> pathlib.Path:
+  for form in _FORMS:
+    for stem in _STEMS:
+      if (path := folder / f"{stem}{form}").is_file():
+        return path
+  for suffix in (".safetensors", ".bin", ".pt"):
+    found = sorted(folder.glob(f"*{suffix}"))
+    if len(found) == 1:
+      return found[0]
+    if found:
+      raise errors.UserError(
+        f"{folder} holds {len(found)} {suffix} files and none has a usual"
+        f" name: name one, e.g. {found[0]}"
+      )
+  raise errors.UserError(
+    f"{folder} holds no weights: a checkpoint folder has model.safetensors (or"
+    " its shards with model.safetensors.index.json) beside config.json"
+  )
+
+
+def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the shards that an index.json lists, and compares both."""
+  weight_map = read_json(path).get("weight_map")
+  if not isinstance(weight_map, Mapping) or not weight_map:
+    raise errors.UserError(f"{path} lists no shards (weight_map is missing)")
+  tensors = {}
+  for shard in sorted({str(shard) for shard in weight_map.values()}):
+    # The index is data from elsewhere: it may not point out of its folder.
+    if pathlib.Path(shard).name != shard:
+      raise errors.UserError(
+        f"{path} names the shard {shard!r}: not a file name"
+      )
+    if not (path.parent / shard).is_file():
+      raise errors.UserError(
+        f"{path.parent / shard} is missing, {path.name} lists it: fetch it"
+      )
+    tensors |= read_tensors(path.parent / shard)
+  if tensors.keys() != weight_map.keys():
+    names = sorted(tensors.keys() ^ weight_map.keys())
+    raise errors.UserError(
+      f"{path} and its shards differ in {len(names)} tensors, first {names[0]}:"
+      " the files are of different checkpoints"
+    )
+  return tensors
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Maps a .safetensors file.
+
+  The safetensors library has no bfloat16 or float8 for NumPy, so the format,
+  8 bytes of length, a JSON header and the raw numbers, is read here.
+  """
+  size = path.stat().st_size
+  raw = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+  if bytes(raw[:16]).startswith(b"version https://"):
+    raise errors.UserError(
+      f"{path} is a Git LFS pointer, not the weights: run git lfs pull"
+    )
+  base = 8 + int.from_bytes(bytes(raw[:8]), "little")
+  damaged = lambda why: errors.UserError(
+    f"{path} is truncated or no safetensors file ({why}): fetch it again"
+  )
+  if size < 8 or base > size:
+    raise damaged("the header is incomplete")
+  tensors = {}
+  try:
+    header = json.loads(bytes(raw[8:base]))
+    header.pop("__metadata__", None)
+    entries = [
+      (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+      for name, entry in header.items()
+    ]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise damaged("the header cannot be read") from error
+  for name, kind, shape, start, end in entries:
+    if kind not in _DTYPES:
+      raise errors.UserError(
+        f"{path}: tensor {name} has the type {kind}, which is not supported:"
+        " convert it to F16 or F32"
+      )
+    dtype = np.dtype(_DTYPES[kind])
+    if end - start != dtype.itemsize * math.prod(shape) or start < 0:
+      raise damaged(f"tensor {name} has another size than its shape")
+    if base + end > size:
+      raise damaged(f"tensor {name} ends at byte {base + end} of {size}")
+    tensors[name] = raw[base + start : base + end].view(dtype).reshape(shape)
+  return tensors
+
+
+def _read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads a torch file with the loader that unpickles tensors only."""
+  recipe = (
+    'convert it where torch is: python -c "import torch, safetensors.torch as'
+    f" s; s.save_file(torch.load('{path.name}', weights_only=True),"
+    " 'model.safetensors')\""
+  )
+  try:
+    import torch
+  except ImportError as error:
+    raise errors.UserError(
+      f"{path} is a torch file and torch is not installed: {recipe}"
+    ) from error
+  if _is_torchscript(path):
+    raise errors.UserError(
+      f"{path} is a TorchScript archive, a program and not only tensors: if"
+      ' you trust it, convert it: python -c "import torch, safetensors.torch'
+      f" as s; d = torch.jit.load('{path.name}', 'cpu').state_dict();"
+      " s.save_file({k: v.contiguous() for k, v in d.items()},"
+      " 'model.safetensors')\""
+    )
+  try:
+    with warnings.catch_warnings():
+      # An older pickle protocol is either read or refused: no third outcome.
+      warnings.simplefilter("ignore")
+      values = torch.load(path, map_location="cpu", weights_only=True)
+  except pickle.UnpicklingError as error:
+    raise errors.UserError(
+      f"{path} holds more than tensors, or is no torch file; nothing of it was"
+      " run: use the .safetensors of the same model"
+    ) from error
+  except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    raise errors.UserError(
+      f"{path} is truncated or no torch file"
+      f" ({str(error).splitlines()[0] if str(error) else 'empty'}): fetch it"
+      " again"
+    ) from error
+  for key in ("state_dict", "model"):
+    if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
+      values = values[key]  # A training checkpoint around the weights.
+  if not isinstance(values, Mapping):
+    values = {}
+  tensors = {
+    # OpenCLIP's checkpoints were saved from inside DistributedDataParallel.
+    str(name).removeprefix("module."): _to_numpy(torch, value)
+    for name, value in values.items()
+    if isinstance(value, torch.Tensor)
+  }
+  if not tensors:
+    raise errors.UserError(f"{path} holds no tensors by name: wrong file?")
+  return tensors
+
+
+def _is_torchscript(path: pathlib.Path) -> bool:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      names = archive.namelist()
+  except (zipfile.BadZipFile, OSError):
+    return False
+  return any(name.endswith("/constants.pkl") for name in names)
+
+
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+  tensor = tensor.detach().contiguous()
+  if tensor.dtype == torch.bfloat16:  # Unknown to NumPy under torch.
+    return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+  return tensor.numpy()
+
+
+_READERS = {
+  ".safetensors": _read_safetensors,
+  ".json": _read_index,
+  ".bin": _read_pickle,
+  ".pt": _read_pickle,
+  ".pth": _read_pickle,
+  ".ckpt": _read_pickle,
+}

@@ -1,0 +1,230 @@
+"""Checkpoints of CLIP, and their tokenisers, by one call each."""
+
+from collections.abc import Iterable, Mapping
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from dppp_jax import errors, trees, types
+from dppp_jax.models import clip as clip_lib
+from dppp_jax.weights import convert, hub, rules
+
+# OpenAI's heads are 64 wide in every one of its models; no tensor says so.
+_HEAD = 64
+
+
+def clip(
+  path: str | pathlib.Path, *, hidden_act: str | None = None
+) -> tuple[clip_lib.Config, types.Params]:
+  """Loads both towers of a CLIP.
+
+  Args:
+    path: a Hugging Face folder, a hub id, or a file or folder with the tensor
+      names of OpenAI or OpenCLIP.
+    hidden_act: `quick_gelu` or `gelu`, for files that do not say it (OpenCLIP
+      weights without open_clip_config.json).
+
+  Returns:
+    The configuration and the parameters, float32 on the host.
+
+  Raises:
+    errors.UserError: nothing to load there, or it does not fit: every tensor
+      is accounted for.
+  """
+  path = hub.resolve(path)
+  tensors = hub.read_tensors(path)
+  if "visual.conv1.weight" in tensors:
+    prefix = "" if "token_embedding.weight" in tensors else "text."
+    config = _openai_config(path, tensors, prefix, hidden_act)
+    table = rules.openai_clip(prefix)
+  else:
+    config = clip_lib.Config.from_hf(hub.read_json(_beside(path)))
+    table = rules.hf_clip()
+  return config, _fill(config, tensors, table, path)
+
+
+def clip_text(
+  path: str | pathlib.Path,
+) -> tuple[clip_lib.TextConfig, types.Params]:
+  """Loads a text tower: a CLIPTextModel, with or without projection.
+
+  Args:
+    path: a Hugging Face folder or hub id, e.g. `text_encoder_2` of SDXL, or
+      one of a whole CLIP, of which the text tower is taken.
+
+  Returns:
+    The configuration, whose projection_dim is None where the checkpoint has
+    no projection, and the tree of a `TextTower`.
+
+  Raises:
+    errors.UserError: as `clip`.
+  """
+  return _tower(path, "text", rules.hf_text, clip_lib.text_from_hf)
+
+
+def clip_vision(
+  path: str | pathlib.Path,
+) -> tuple[clip_lib.VisionConfig, types.Params]:
+  """Loads a vision tower, as `clip_text` does a text tower."""
+  return _tower(path, "vision", rules.hf_vision, clip_lib.vision_from_hf)
+
+
+def tokenizer(path: str | pathlib.Path) -> Any:
+  """Loads a `transformers.CLIPTokenizer`.
+
+  Args:
+    path: a folder (or hub id) with tokenizer.json, or with vocab.json and
+      merges.txt.
+
+  Raises:
+    errors.UserError: the files are missing or cannot be read.
+  """
+  folder = hub.resolve(path)
+  has = lambda *names: all((folder / name).is_file() for name in names)
+  if not has("tokenizer.json") and not has("vocab.json", "merges.txt"):
+    raise errors.UserError(
+      f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and"
+      " merges.txt, must lie there"
+    )
+  # Two seconds of import that a run without text need not pay.
+  import transformers
+
+  try:
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+  except Exception as error:  # The Rust library raises plain Exceptions.
+    raise errors.UserError(
+      f"{folder} holds a tokenizer that cannot be read"
+      f" ({(str(error).splitlines() or ['?'])[0]}): fetch its files again"
+    ) from error
+
+
+def _tower(path: Any, name: str, table: Any, from_hf: Any) -> Any:
+  """Loads one tower of whatever Hugging Face checkpoint holds it."""
+  path = hub.resolve(path)
+  tensors = hub.read_tensors(path)
+  values = hub.read_json(_beside(path))
+  is_whole = "vision_config" in values or "text_config" in values
+  other = "vision_model." if name == "text" else "text_model."
+  outer = {"text": "text_projection", "vision": "visual_projection"}
+  if is_whole:
+    config = getattr(clip_lib.Config.from_hf(values), name)
+    kept = (f"{name}_model.", outer[name])
+    dropped = (other, *outer.values(), "logit_scale")
+    tensors = {
+      key: value
+      for key, value in tensors.items()
+      if key.startswith(kept) or not key.startswith(dropped)
+    }
+  else:
+    config = from_hf(values)
+  if f"{outer[name]}.weight" not in tensors:
+    # config.json has a projection_dim even where there is no projection.
+    config = _without_projection(config)
+  inner = f"{name}_model."
+  prefix = inner if any(key.startswith(inner) for key in tensors) else ""
+  return config, _fill(config, tensors, table(prefix), path)
+
+
+def _without_projection(config: Any) -> Any:
+  return type(config)(**{**vars(config), "projection_dim": None})
+
+
+def _fill(
+  config: Any,
+  tensors: Mapping[str, np.ndarray],
+  table: list[convert.Rule],
+  path: pathlib.Path,
+) -> types.Params:
+  given = convert.convert(tensors, table, where=str(path))
+  return trees.merge(clip_lib.param_shapes(config), given, where=str(path))
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+  """Returns where the config.json of a folder or of a file in it lies."""
+  return (path if path.is_dir() else path.parent) / "config.json"
+
+
+def _openai_config(
+  path: pathlib.Path,
+  tensors: Mapping[str, np.ndarray],
+  prefix: str,
+  hidden_act: str | None,
+) -> clip_lib.Config:
+  """Reads off the tensors what they tell, and elsewhere what they do not."""
+  folder = _beside(path).parent
+  extra: dict[str, Any] = {}
+  if path.is_dir() and (folder / "config.json").is_file():
+    values = hub.read_json(folder / "config.json")
+    if "vision_config" in values:
+      return clip_lib.Config.from_hf(values)
+  if (folder / "open_clip_config.json").is_file():
+    extra = hub.read_json(folder / "open_clip_config.json")
+    extra = extra.get("model_cfg", extra)
+  try:
+    return _from_shapes(tensors, prefix, extra, hidden_act, path)
+  except (KeyError, ValueError, IndexError) as error:
+    raise errors.UserError(
+      f"{path}: the tensors have OpenAI's names but are not those of a CLIP"
+      f" with a vision transformer ({error}): use such a checkpoint"
+    ) from error
+
+
+def _from_shapes(
+  tensors: Mapping[str, np.ndarray],
+  prefix: str,
+  extra: Mapping[str, Any],
+  hidden_act: str | None,
+  path: pathlib.Path,
+) -> clip_lib.Config:
+  if hidden_act is None:
+    if extra:
+      hidden_act = "quick_gelu" if extra.get("quick_gelu") else "gelu"
+    elif "input_resolution" in tensors:  # Only OpenAI's own files have it.
+      hidden_act = "quick_gelu"
+    else:
+      raise errors.UserError(
+        f"{path} does not say whether it was trained with quick_gelu (OpenAI)"
+        " or gelu (most of OpenCLIP): put open_clip_config.json or config.json"
+        " beside it, or give hidden_act"
+      )
+  vision_cfg = extra.get("vision_cfg", {})
+  text_cfg = extra.get("text_cfg", {})
+  width, _, _, patch = tensors["visual.conv1.weight"].shape
+  positions = tensors["visual.positional_embedding"].shape[0]
+  vocab, text_width = tensors[prefix + "token_embedding.weight"].shape
+  mlp = "transformer.resblocks.0.mlp.c_fc.weight"
+  return clip_lib.Config(
+    vision=clip_lib.VisionConfig(
+      hidden_size=width,
+      intermediate_size=tensors[f"visual.{mlp}"].shape[0],
+      num_hidden_layers=_depth(tensors, "visual."),
+      num_attention_heads=width // vision_cfg.get("head_width", _HEAD),
+      image_size=math.isqrt(positions - 1) * patch,
+      patch_size=patch,
+      hidden_act=hidden_act,
+    ),
+    text=clip_lib.TextConfig(
+      vocab_size=vocab,
+      hidden_size=text_width,
+      intermediate_size=tensors[f"{prefix}{mlp}"].shape[0],
+      num_hidden_layers=_depth(tensors, prefix),
+      num_attention_heads=text_cfg.get("heads", text_width // _HEAD),
+      max_position_embeddings=tensors[prefix + "positional_embedding"].shape[0],
+      hidden_act=hidden_act,
+      # OpenAI's vocabulary ends with both marks.
+      bos_token_id=vocab - 2,
+      eos_token_id=vocab - 1,
+    ),
+    projection_dim=tensors["visual.proj"].shape[1],
+  )
+
+
+def _depth(names: Iterable[str], prefix: str) -> int:
+  pattern = re.compile(
+    re.escape(f"{prefix}transformer.resblocks.") + r"(\d+)\."
+  )
+  found = (pattern.match(name) for name in names)
+  return 1 + max(int(m[1]) for m in found if m)
