@@ -217,14 +217,14 @@ def _pattern(
   """Returns [(share of the second colour, polygons [M, K, 2])] of a pattern."""
   kind = cloth.pattern
   if kind == "striped":
-    return [(1.0, _bands(band, side, cloth.start, 0.050, 0.021))]
+    return [(1.0, _bands(band, side, cloth.start, 0.056, 0.021))]
   if kind == "pinstriped":
-    return [(1.0, _lengthwise(band, side, 0.13))]
+    return [(1.0, _lengthwise(band, side, 0.085))]
   if kind == "plaid":
     return [
-      (0.5, _bands(band, side, cloth.start, 0.072, 0.024)),
-      (0.5, _lengthwise(band, side, 0.13, every=2)),
-      (1.0, _bands(band, side, cloth.start + 0.65, 0.072, 0.008)),
+      (0.35, _bands(band, side, cloth.start, 0.072, 0.026)),
+      (0.35, _lengthwise(band, side, 0.14, every=2)),
+      (1.0, _bands(band, side, cloth.start + 0.65, 0.072, 0.009)),
       (1.0, _lengthwise(band, side, 0.04, every=2, first=1)),
     ]
   if kind == "dotted":

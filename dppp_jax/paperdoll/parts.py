@@ -208,7 +208,8 @@ def skirt(doll: Doll, kind: str) -> None:
   hem_half = max(flare * float(girth[-1]), apart + half + 0.012 * doll.scale)
   pelvis, neck = doll.at("pelvis"), doll.at("neck")
   # Skirts and dresses meet the upper half at the waist, others at the hips.
-  top = pelvis + (0.22 if kind in ("coat", "long skirt") else 0.34) * (neck - pelvis)
+  high = 0.22 if kind in ("coat", "long skirt") else 0.34
+  top = pelvis + high * (neck - pelvis)
   shares = np.array([0.0, 0.3, 0.65, 1.0])
   center = top + shares[:, None] * (hem - top)
   loose = 1.04 if kind == "coat" else 1.02

@@ -414,7 +414,7 @@ def _second(name: str, pattern: str, rng: np.random.Generator) -> Color:
     # White lines would turn a red plaid pink: darker lines keep its name.
     dark = name in ("black", "navy", "brown")
     base = (
-      (178, 178, 172)
+      (140, 140, 136)
       if dark
       else tuple(0.38 * c for c in COLORS.get(name, COLORS["grey"]))
     )
