@@ -122,3 +122,14 @@ def test_arrays_is_a_source():
 def test_arrays_refuses_labels_of_another_length():
   with pytest.raises(ValueError, match="pids"):
     source.Arrays(np.zeros((3, 4, 2, 3), np.uint8), [1, 2])
+
+
+def test_contact_sheet_lays_rows_out_and_leaves_white():
+  flat = lambda value: np.full((8, 4, 3), value, np.uint8)
+  sheet = images.contact_sheet([[flat(10), flat(20)], [flat(30)]])
+  assert sheet.shape == (16, 8, 3)
+  corners = sheet[::8, ::4, 0]
+  np.testing.assert_array_equal(corners, [[10, 20], [30, 255]])
+  small = images.contact_sheet([[flat(10), flat(20)]], max_height=4)
+  assert small.shape == (4, 4, 3) and small[0, 3, 0] == 20
+  assert images.contact_sheet([[]]).shape == (1, 1, 3)

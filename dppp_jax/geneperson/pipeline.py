@@ -5,16 +5,15 @@ function from a pid to records; everything here is the same for both.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import dataclasses
-import importlib.metadata
 import io
+import itertools
+import multiprocessing
 import os
 import pathlib
-import platform
 import signal
-import subprocess
 import threading
 import time
 from typing import Any
@@ -25,17 +24,9 @@ import PIL.Image
 
 from dppp_jax import errors, logs
 from dppp_jax.data import images
-from dppp_jax.geneperson import dataset, disk
+from dppp_jax.geneperson import dataset, disk, manifest
 from dppp_jax.geneperson import store as store_lib
 
-_PACKAGES = (
-  "dppp-jax",
-  "numpy",
-  "pillow",
-  "opencv-python-headless",
-  "tensorflow-datasets",
-  "array_record",
-)
 _SHEET = (8, 12)  # Rows (people) and columns (pictures) of a contact sheet.
 _AHEAD = 2  # Identities that are being encoded while the next one is made.
 _QUIET_SECONDS = 30.0  # Between log lines where there is no progress bar.
@@ -55,7 +46,7 @@ class Identity:
   dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-MakeIdentity = Callable[[int], Identity | Sequence[Mapping[str, Any]]]
+MakeIdentity = Callable[[int], Identity | Iterable[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +72,22 @@ class Outcome:
     """What a shell expects: 0, or 128 + signal where a signal stopped it."""
     return 128 + self.signal if self.signal else 0
 
+  def summary(self) -> str:
+    """Returns how the run ended, in one line, with what to do next."""
+    if self.finished and not self.made:
+      return f"{self.folder}: is finished, nobody was left to make"
+    if self.finished:
+      return f"{self.folder}: finished, {self.made} people made in this run"
+    if self.signal:
+      return (
+        f"{self.folder}: stopped with {self.missing} people to go: run the same"
+        " command again to go on"
+      )
+    return (
+      f"{self.folder}: this stripe is done; {self.missing} people of the other"
+      " stripes are to go, the last one finishes the dataset"
+    )
+
 
 def run(
   make_identity: MakeIdentity,
@@ -96,6 +103,7 @@ def run(
   quality: int = 95,
   sheet_every: int = 100,
   num_threads: int = 2,
+  num_processes: int = 0,
 ) -> Outcome:
   """Makes every identity that is not in the store yet, then finalises it.
 
@@ -103,7 +111,7 @@ def run(
   kill -9 loses the ones in progress, and the same call goes on from there.
 
   Args:
-    make_identity: pid -> Identity or list of records; a pure function of pid.
+    make_identity: pid -> Identity or records; a pure function of the pid.
     data_dir: what `tfds.load` will take as data_dir.
     num_identities: pids are 0 .. num_identities - 1.
     seed: for the choice of pictures where there are more than `cap`; the
@@ -117,6 +125,7 @@ def run(
     quality: of the JPEGs.
     sheet_every: identities between two contact sheets; 0 for none.
     num_threads: of the JPEG encoder.
+    num_processes: that call make_identity (which must pickle); 0 for this one.
 
   Returns:
     The outcome.
@@ -124,7 +133,7 @@ def run(
   Raises:
     errors.UserError: bad arguments, another configuration, no space left.
   """
-  _check_positive(num_identities=num_identities, cap=cap)
+  check_positive(num_identities=num_identities, cap=cap)
   if not 1 <= quality <= 100:
     raise errors.UserError(f"quality={quality}: JPEG knows 1 to 100")
   config = {
@@ -153,21 +162,15 @@ def run(
     ):
       if store.num_done:
         logging.info("resuming: %d people are there already", store.num_done)
-
-      def prepare(pid: int) -> tuple[list[futures.Future], dict[str, Any]]:
-        identity = make_identity(pid)
-        if not isinstance(identity, Identity):
-          identity = Identity(identity)
-        records, dropped = _cap(identity, cap=cap, seed=seed, pid=pid)
-        encode = lambda record: _encode(record, pid, image_size, quality)
-        return [pool.submit(encode, record) for record in records], dropped
-
-      for pid, (jobs, dropped) in _ahead(prepare, store.todo, signals):
+      people = _make(make_identity, store.todo, signals, num_processes)
+      for pid, jobs, dropped in _encoded(
+        people, pool, cap=cap, seed=seed, size=image_size, quality=quality
+      ):
         records = [job.result() for job in jobs]
         store.append(
           pid,
           [dataset.serialize(record, spec) for record in records],
-          _note(records, dropped),
+          manifest.note(records, dropped),
         )
         made += 1
         progress.update(len(records))
@@ -176,7 +179,7 @@ def run(
     if missing:
       return Outcome(store.folder, False, made, missing, signals.number)
     folder = store.finalize(
-      lambda entries: _describe(entries, source=source, seed=seed)
+      lambda entries: manifest.describe(entries, source=source, seed=seed)
     )
   return Outcome(folder, True, made, 0)
 
@@ -210,15 +213,77 @@ class Signals:
     logging.warning("stopping after the people in progress; again to abort")
 
 
-def _ahead(
-  prepare: Callable[[int], Any], pids: Sequence[int], signals: Signals
-) -> Iterator[tuple[int, Any]]:
-  """Yields (pid, prepare(pid)), having begun the next ones already."""
+def _make(
+  make_identity: MakeIdentity,
+  pids: Sequence[int],
+  signals: Signals,
+  num_processes: int,
+) -> Iterator[tuple[int, Identity]]:
+  """Yields (pid, identity) in the order of the pids, until a signal."""
+  if not num_processes:
+    for pid in pids:
+      if signals.number:
+        return
+      yield pid, _call(make_identity, pid)
+    return
+  left, begun = iter(pids), collections.deque()
+  with futures.ProcessPoolExecutor(
+    min(num_processes, max(1, len(pids))),
+    # A fork of a process with threads may hang.
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_in_worker,
+  ) as pool:
+    while not signals.number:
+      for pid in itertools.islice(left, 2 * num_processes - len(begun)):
+        begun.append((pid, pool.submit(_call, make_identity, pid)))
+      if not begun:
+        break
+      pid, future = begun.popleft()
+      try:
+        yield pid, future.result()
+      except futures.process.BrokenProcessPool as error:
+        raise errors.UserError(
+          f"a process that makes people died at pid {pid} (out of memory?):"
+          " run again with fewer --num_processes"
+        ) from error
+    pool.shutdown(cancel_futures=True)
+
+
+def _call(make_identity: MakeIdentity, pid: int) -> Identity:
+  made = make_identity(pid)
+  if isinstance(made, Identity):
+    return made
+  return Identity(list(made))
+
+
+def _in_worker() -> None:
+  """Leaves Ctrl-C to the parent, and ends when the parent was killed."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = os.getppid()
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1.0)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _encoded(
+  people: Iterator[tuple[int, Identity]],
+  pool: futures.Executor,
+  *,
+  cap: int,
+  seed: int,
+  size: tuple[int, int],
+  quality: int,
+) -> Iterator[tuple[int, list[futures.Future], dict[str, int]]]:
+  """Yields (pid, records being encoded, dropped); begins the next ones too."""
   begun = collections.deque()
-  for pid in pids:
-    if signals.number:
-      break
-    begun.append((pid, prepare(pid)))
+  for pid, identity in people:
+    records, dropped = _cap(identity, cap=cap, seed=seed, pid=pid)
+    jobs = [pool.submit(_encode, r, pid, size, quality) for r in records]
+    begun.append((pid, jobs, dropped))
     if len(begun) >= _AHEAD:
       yield begun.popleft()
   yield from begun
@@ -255,76 +320,21 @@ def _encode(
   return {**record, "image": image}
 
 
-def _note(
-  records: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]
-) -> dict[str, Any]:
-  """What the journal keeps of an identity for the manifest."""
-  tally = lambda key: dict(
-    sorted(collections.Counter(record[key] for record in records).items())
-  )
-  return {
-    "prompt": records[0]["prompt"] if records else "",
-    "dropped": {key: int(dropped[key]) for key in sorted(dropped)},
-    "view": tally("view"),
-    "lighting": tally("lighting"),
-  }
-
-
-def _describe(
-  entries: Sequence[store_lib.Entry], *, source: str, seed: int
-) -> dict[str, Any]:
-  """Returns what manifest.json says beside the configuration."""
-  totals = {
-    key: collections.Counter() for key in ("dropped", "view", "lighting")
-  }
-  for entry in entries:
-    for key, total in totals.items():
-      total.update(entry.note[key])
-  ordered = {key: dict(sorted(total.items())) for key, total in totals.items()}
-  return {
-    "source": source,
-    "seed": seed,
-    "identities": sum(entry.images > 0 for entry in entries),
-    "identities_without_images": sum(not entry.images for entry in entries),
-    "images": sum(entry.images for entry in entries),
-    "images_per_view": ordered["view"],
-    "images_per_lighting": ordered["lighting"],
-    "dropped": ordered["dropped"],
-    "versions": _versions(),
-    "commit": _commit(),
-    "prompts": {str(entry.pid): entry.note["prompt"] for entry in entries},
-  }
-
-
-def _versions() -> dict[str, str]:
-  versions = {"python": platform.python_version()}
-  for name in _PACKAGES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = "unknown"  # E.g. run from a checkout, not installed.
-  return versions
-
-
-def _commit() -> str | None:
-  root = pathlib.Path(__file__).resolve().parents[2]
-  if not (root / ".git").exists():
-    return None
-  try:
-    return subprocess.run(
-      ["git", "-C", str(root), "rev-parse", "HEAD"],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return None
-
-
-def _check_positive(**values: int) -> None:
+def check_positive(**values: int) -> None:
+  """Raises errors.UserError that names a value below 1."""
   for key, value in values.items():
     if value < 1:
       raise errors.UserError(f"{key}={value}: must be at least 1")
+
+
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+  """Returns (height, width), or raises errors.UserError."""
+  if len(size) != 2 or min(size) < 8:
+    raise errors.UserError(
+      f"image_size={tuple(size)}: write height,width of 8 pixels or more, such"
+      " as 256,128"
+    )
+  return size[0], size[1]
 
 
 class _Progress:

@@ -1,0 +1,99 @@
+"""What a dataset says of its own making: counts, prompts, versions."""
+
+import collections
+from collections.abc import Mapping, Sequence
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+from dppp_jax.geneperson import store
+
+_PACKAGES = (
+  "dppp-jax",
+  "numpy",
+  "pillow",
+  "opencv-python-headless",
+  "tensorflow-datasets",
+  "array_record",
+)
+
+
+def note(
+  records: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]
+) -> dict[str, Any]:
+  """Returns what the journal keeps of an identity, of JSON types.
+
+  Args:
+    records: the pictures that are kept.
+    dropped: number of the others by reason.
+  """
+  tally = lambda key: dict(
+    sorted(collections.Counter(record[key] for record in records).items())
+  )
+  return {
+    "prompt": records[0]["prompt"] if records else "",
+    "dropped": {key: int(dropped[key]) for key in sorted(dropped)},
+    "view": tally("view"),
+    "lighting": tally("lighting"),
+  }
+
+
+def describe(
+  entries: Sequence[store.Entry], *, source: str, seed: int
+) -> dict[str, Any]:
+  """Returns what manifest.json says beside the configuration.
+
+  There is no time in it: the same people give the same bytes.
+
+  Args:
+    entries: of every identity, with what `note` made.
+    source: what the pictures are, in words.
+    seed: of the people.
+  """
+  totals = {
+    key: collections.Counter() for key in ("dropped", "view", "lighting")
+  }
+  for entry in entries:
+    for key, total in totals.items():
+      total.update(entry.note[key])
+  ordered = {key: dict(sorted(total.items())) for key, total in totals.items()}
+  return {
+    "source": source,
+    "seed": seed,
+    "identities": sum(entry.images > 0 for entry in entries),
+    "identities_without_images": sum(not entry.images for entry in entries),
+    "images": sum(entry.images for entry in entries),
+    "images_per_view": ordered["view"],
+    "images_per_lighting": ordered["lighting"],
+    "dropped": ordered["dropped"],
+    "versions": _versions(),
+    "commit": _commit(),
+    "prompts": {str(entry.pid): entry.note["prompt"] for entry in entries},
+  }
+
+
+def _versions() -> dict[str, str]:
+  versions = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "unknown"  # E.g. run from a checkout, not installed.
+  return versions
+
+
+def _commit() -> str | None:
+  root = pathlib.Path(__file__).resolve().parents[2]
+  if not (root / ".git").exists():
+    return None
+  try:
+    return subprocess.run(
+      ["git", "-C", str(root), "rev-parse", "HEAD"],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
