@@ -248,7 +248,9 @@ def fit(
   e = np.radians(view.elevation)
   # Seen from above the body shortens and the feet spread down the picture.
   above, below = 1.02 * np.cos(e) + 0.08 * np.sin(e), 0.02 + 0.22 * np.sin(e)
-  scale = min(fill * height / (above + below), 1.9 * width)
+  # A stride seen from the side is wider than shoulders.
+  narrow = 2.6 - 0.92 * abs(np.sin(np.radians(view.azimuth)))
+  scale = min(fill * height / (above + below), narrow * width)
   margin = 0.5 * (height - scale * (above + below))
   return Placement(
     scale=float(scale),
@@ -284,7 +286,7 @@ def seen(points: np.ndarray, view: View, *, placement: Placement) -> Keypoints:
     away = points[INDEX[name]] - points[INDEX["head"]]
     nearer = float(matrix[2] @ away) / float(np.linalg.norm(away))
     visible[INDEX[name]] = nearer > limit
-  # An arm hides when the trunk is before it.
+  # An arm hides when the trunk or the top of the thighs is before it.
   across = abs(matrix[0, 0]) * 0.095 + abs(matrix[0, 2]) * 0.060
   trunk = 0.5 * (xy[INDEX["right_hip"]] + xy[INDEX["left_hip"]])
   neck = xy[INDEX["neck"]]
@@ -293,7 +295,7 @@ def seen(points: np.ndarray, view: View, *, placement: Placement) -> Keypoints:
     i = INDEX[name]
     inside = (
       abs(xy[i, 0] - 0.5 * (neck[0] + trunk[0])) < across * placement.scale
-      and neck[1] < xy[i, 1] < trunk[1]
+      and neck[1] < xy[i, 1] < trunk[1] + 0.09 * placement.scale
     )
     visible[i] = not (inside and depth[i] > behind + 0.04)
   # Who sees a wrist guesses the elbow: no wrist floats alone in the drawing.
