@@ -29,6 +29,8 @@ _FLOORS = {
     "paperdoll": 5,
     "cli": 6,
     "pretraining": 6,
+    "training": 6,
+    "demo": 7,
 }
 _TOP = ("launch", "data_tools", "benchmarks", "configs", "tests")
 # pip name -> the only places that may import it.

@@ -76,3 +76,37 @@ class Arrays:
   def read(self, i: int) -> np.ndarray:
     """Returns image i, a view of uint8 [H, W, 3]."""
     return self.images[i]
+
+
+class Subset:
+  """Some pictures of a Source, in the order given.
+
+  Args:
+    source: the whole.
+    indices: integers [M], places in it.
+  """
+
+  def __init__(self, source: Source, indices: np.ndarray):
+    self._source = source
+    self._indices = np.asarray(indices, np.int64)
+    self.pids = np.asarray(source.pids)[self._indices]
+    self.camids = np.asarray(source.camids)[self._indices]
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def name(self, i: int) -> str:
+    """Returns the whole's name of picture i."""
+    return self._source.name(int(self._indices[i]))
+
+  def read(self, i: int) -> np.ndarray:
+    """Returns picture i as uint8 [H, W, 3]."""
+    return self._source.read(int(self._indices[i]))
+
+
+def first_ids(source: Source, num: int) -> Source:
+  """Returns the pictures of the first `num` persons, or all for 0."""
+  if not num:
+    return source
+  ids = np.unique(source.pids)[:num]
+  return Subset(source, np.flatnonzero(np.isin(source.pids, ids)))

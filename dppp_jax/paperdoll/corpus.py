@@ -15,7 +15,7 @@ from dppp_jax.paperdoll import cameras, wardrobe, world
 
 _CHUNK = 250  # Pictures that one task draws.
 _TEXTS = 0x7E87  # Stream of the short texts.
-_STREET_PIDS = 1_000_000  # Above every benchmark's own people.
+_STREET_PIDS = 2_000_000  # Above everybody of the benchmarks.
 # One attribute in so many short texts stands alone, as a zero-shot classifier
 # asks for it; the clothes most often.
 _ALONE = (

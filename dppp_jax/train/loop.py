@@ -323,7 +323,8 @@ class _StageRun:
         results = None
         if evaluating:
           results = evaluator(stage.name, self._join(state, frozen))
-          writer.write(self.offset + self.step, stage.name, results)
+          if results:
+            writer.write(self.offset + self.step, stage.name, results)
           clock = time.monotonic()
         if saving or evaluating:
           manager.save(
