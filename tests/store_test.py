@@ -440,6 +440,37 @@ def test_no_space_left_while_appending(tmp_path, monkeypatch, call):
   assert contents(tmp_path / "full") == contents(whole)
 
 
+def test_a_store_goes_on_after_a_full_disk(tmp_path, monkeypatch):
+  """What half a write left is gone before the next one."""
+  spec = dataset.features(_SIZE)
+  records = lambda pid: [
+    dataset.serialize(pipeline._encode(record, pid, _SIZE, 95), spec)
+    for record in make_identity(pid)
+  ]
+  kwargs = {"config": {}, "num_identities": 2, "image_size": _SIZE}
+  real = disk.write
+  with store_lib.Store(tmp_path, **kwargs) as store:
+    for torn in (1, 2):  # The records, then the line of the journal.
+      calls = []
+
+      def write(file, data, torn=torn, calls=calls):
+        calls.append(file)
+        if len(calls) == torn:
+          os.write(file, data[:20])
+          _full()
+        real(file, data)
+
+      monkeypatch.setattr(disk, "write", write)
+      with pytest.raises(errors.UserError, match="no space left"):
+        store.append(0, records(0), {})
+    monkeypatch.undo()
+    for pid in (0, 1):
+      store.append(pid, records(pid), {})
+    store.finalize(lambda entries: {"pids": [e.pid for e in entries]})
+  assert manifest_of(tmp_path)["pids"] == [0, 1]
+  assert identities(tmp_path) == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}
+
+
 @pytest.mark.parametrize(
   "where", ["link", "fsync", "rename", "write_folder", "rmtree"]
 )
