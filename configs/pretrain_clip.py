@@ -22,21 +22,22 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data = data = ml_collections.ConfigDict()
   data.num_images = 32_000  # One picture of as many people.
   data.num_held_out = 2_000  # Of other people, for the card.
-  data.num_short = 8  # Short phrases of each picture.
+  data.num_short = 8  # Short sentences of each picture,
+  data.max_short = 24  # cut after so many tokens.
   data.image_size = (96, 48)
   data.seed = 0  # Of the drawn world.
   data.processes = 2
 
   config.model = model = ml_collections.ConfigDict()
-  model.vocab_size = 640  # Every word of the captions is one token then.
+  model.vocab_size = 1024  # Every word of the captions is one token then.
   model.projection_dim = 128
   model.vision = dict(
     hidden_size=128,
     intermediate_size=512,
     num_hidden_layers=6,
     num_attention_heads=4,
-    image_size=64,  # Side of the position grid; pictures are 96 x 48.
-    patch_size=8,
+    image_size=72,  # Side of the position grid, 6 x 6; pictures are 96 x 48.
+    patch_size=12,
   )
   model.text = dict(
     hidden_size=128,

@@ -51,13 +51,16 @@ def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   tokenizer = load.tokenizer(words)
   clip_config = make_config(config["model"], tokenizer, vocab_size)
   length = clip_config.text.max_position_embeddings
-  tokenize = lambda texts: clip_pretrain.tokenize(
-    tokenizer, texts, max_length=length
+  tokenize = lambda texts, longest: clip_pretrain.tokenize(
+    tokenizer, texts, max_length=min(longest, length)
   )
   augment = transforms.Augment(**config["augment"])
   stages = clip_pretrain.stages(
     clip_config,
-    {"full": tokenize(corpus.full), "short": tokenize(corpus.short)},
+    {
+      "full": tokenize(corpus.full, length),
+      "short": tokenize(corpus.short, data["max_short"]),
+    },
     batch_size=train["batch_size"],
     epochs=train["epochs"],
     lr=train["lr"],
@@ -175,7 +178,7 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     f"- Parameters: {metrics['parameters']:,}, stored in float16",
     f"- Training: {config['train']['epochs']} epochs of batches of"
     f" {config['train']['batch_size']}, seed {config['train']['seed']}",
-    "- Input: 96 x 48 (H x W), mean = std = 0.5; position grid 8 x 8, resized",
+    "- Input: 96 x 48 (H x W), mean = std = 0.5; position grid 6 x 6, resized",
     "- Licence: Apache-2.0",
     "",
     "Zero-shot accuracy on people that the training has not seen"
