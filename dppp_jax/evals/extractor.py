@@ -46,6 +46,10 @@ class Extractor:
     where: where the parameters come from, for messages.
 
   Attributes:
+    spec: as given.
+    where: as given.
+    dtype: name of the compute dtype.
+    params: float32, exactly those that are used.
     num_compilations: programs compiled so far: at most one.
 
   Raises:
@@ -66,6 +70,7 @@ class Extractor:
       dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     self.spec = spec
     self.where = where
+    self.dtype = jnp.dtype(dtype).name
     self.params = _used(spec, params, where)
     self.num_compilations = 0
     self._batch_size = batch_size
