@@ -248,9 +248,12 @@ def fit(
   e = np.radians(view.elevation)
   # Seen from above the body shortens and the feet spread down the picture.
   above, below = 1.02 * np.cos(e) + 0.08 * np.sin(e), 0.02 + 0.22 * np.sin(e)
-  # A stride seen from the side is wider than shoulders.
-  narrow = 2.6 - 0.92 * abs(np.sin(np.radians(view.azimuth)))
-  scale = min(fill * height / (above + below), narrow * width)
+  # Half the width of a full stride: steps from the side, shoulders from the
+  # front, and feet that point outwards in between.
+  turn = np.radians(view.azimuth)
+  s, c = abs(np.sin(turn)), abs(np.cos(turn))
+  reach = np.sqrt((0.283 * s) ** 2 + (0.139 * c) ** 2 + 0.067 * s * c)
+  scale = min(fill * height / (above + below), 0.5 * width / reach)
   margin = 0.5 * (height - scale * (above + below))
   return Placement(
     scale=float(scale),
