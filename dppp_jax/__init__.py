@@ -1,11 +1,6 @@
 """Person re-identification without photographs of people."""
 
-from typing import Any, TYPE_CHECKING
-
-if TYPE_CHECKING:
-  from dppp_jax.evals.extractor import load_extractor
-
-__all__ = ["load_extractor"]
+from typing import Any
 
 
 def __getattr__(name: str) -> Any:
