@@ -29,7 +29,7 @@ def studio(seed: int, *, people: int = 8) -> np.ndarray:
   return _sheet(rows)
 
 
-def street(seed: int, *, people: int = 5) -> np.ndarray:
+def street(seed: int, *, people: int = 4) -> np.ndarray:
   """One person a row before every camera; then cells of the drawn dataset."""
   rows = []
   for layout, row in cameras.SETS.items():
@@ -37,11 +37,11 @@ def street(seed: int, *, people: int = 5) -> np.ndarray:
       seen = [
         world.street(pid, camera, frame, benchmark=layout, seed=seed)
         for camera in range(1, len(row) + 1)
-        for frame in range(3)
+        for frame in range(2)
       ]
-      rows.append(seen[: 3 * len(row)])
+      rows.append(seen)
   count = max(len(row) for row in rows)
-  for pid in range(3):
+  for pid in range(2):
     records = world.make_identity(pid, seed=seed, cells=count)
     rows.append([record["image"] for record in records])
   return _sheet(rows)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from dppp_jax.geneperson import poses
-from dppp_jax.paperdoll import brush, head, parts, wardrobe
+from dppp_jax.paperdoll import bags, brush, garments, head, parts, wardrobe
 from dppp_jax.paperdoll import lighting as lights
 
 
@@ -138,10 +138,12 @@ def _paint(doll: parts.Doll) -> None:
     (far_arms if mean > middle + 0.02 else near_arms).append((mean, side))
   for _, side in sorted(far_arms, reverse=True):
     parts.arm(doll, side)
+    if bag == "handbag" and bags.carrying(doll) == side:
+      bags.handbag(doll)
   if bag == "backpack" and doll.facing > 0:
-    parts.backpack(doll)
+    bags.backpack(doll)
   if bag == "shoulder bag" and bag_far:
-    parts.shoulder_bag(doll)
+    bags.shoulder_bag(doll)
   head.hair_behind(doll)
   legs = sorted(
     parts.SIDES,
@@ -151,17 +153,19 @@ def _paint(doll: parts.Doll) -> None:
     parts.leg(doll, side)
   parts.neck(doll)
   if kind["lower_type"] in ("skirt", "long skirt"):
-    parts.skirt(doll, kind["lower_type"])
+    garments.skirt(doll, kind["lower_type"])
   if kind["upper_type"] in ("coat", "dress"):
-    parts.skirt(doll, kind["upper_type"])
-  parts.trunk(doll)
+    garments.skirt(doll, kind["upper_type"])
+  garments.trunk(doll)
   if bag == "backpack":
-    parts.straps(doll)
+    bags.straps(doll)
   if bag == "shoulder bag" and not bag_far:
-    parts.shoulder_bag(doll)
+    bags.shoulder_bag(doll)
   # A head seen from above lies over the shoulders.
   head.head(doll)
   if bag == "backpack" and doll.facing <= 0:
-    parts.backpack(doll)
+    bags.backpack(doll)
   for _, side in sorted(near_arms, reverse=True):
     parts.arm(doll, side)
+    if bag == "handbag" and bags.carrying(doll) == side:
+      bags.handbag(doll)

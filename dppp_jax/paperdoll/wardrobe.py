@@ -199,7 +199,7 @@ def phrases(attribute: str, value: str) -> tuple[str, ...]:
     return (f"a person without a {part}",)
   if attribute in ("hat_color", "bag_color"):
     things = HATS[1:] if part == "hat" else BAGS[1:]
-    return tuple(f"a person with a {value} {thing}" for thing in things)
+    return tuple(f"a person with {_noun([value], thing)}" for thing in things)
   return (templates[attribute].format(value),)
 
 
@@ -257,7 +257,7 @@ def sentence(
     if rng.random() < 0.4:
       if a[thing] == "none":
         continue
-      traits.append(f"a {a[f'{thing}_color']} {a[thing]}")
+      traits.append(_noun([a[f"{thing}_color"]], a[thing]))
   if traits:
     text += f" with {' and '.join(traits)}"
   for thing in ("hat", "bag"):
