@@ -1,0 +1,144 @@
+"""U2-Net's checkpoints: the published .pth, .safetensors, and rembg's .onnx."""
+
+from collections.abc import Mapping
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import numpy as safetensors
+
+from dppp_jax import errors, trees
+from dppp_jax.models import u2net
+from dppp_jax.weights import convert, hub, onnx
+
+Rule = convert.Rule
+_EPSILON = 1e-5  # Of the batch norms.
+
+
+def rules() -> list[Rule]:
+  """Returns the table of the published state dict."""
+  conv = "{stage:stage[1-6]d?}.{name:rebnconv(?:in|[1-7]d?)}."
+  place = "{stage}/{name}/"
+  norm = conv + "bn_s1."
+  alone = "{side:side[1-6]|outconv}"
+  return [
+      Rule(conv + "conv_s1.weight", f"params/{place}conv_s1/kernel",
+           convert.CONV),
+      Rule(conv + "conv_s1.bias", f"params/{place}conv_s1/bias"),
+      Rule(norm + "weight", f"params/{place}bn_s1/scale"),
+      Rule(norm + "bias", f"params/{place}bn_s1/bias"),
+      Rule(norm + "running_mean", f"batch_stats/{place}bn_s1/mean"),
+      Rule(norm + "running_var", f"batch_stats/{place}bn_s1/var"),
+      Rule(norm + "num_batches_tracked", None),
+      Rule(alone + ".weight", "params/{side}/kernel", convert.CONV),
+      Rule(alone + ".bias", "params/{side}/bias"),
+  ]  # fmt: skip
+
+
+def load(
+  spec: str | pathlib.Path,
+) -> tuple[u2net.Config, dict[str, Any]]:
+  """Loads a U2-Net of any width.
+
+  Args:
+    spec: a .pth (tensors only; nothing in it is run), .safetensors or .onnx
+      file, a folder with one, or a hub id.
+
+  Returns:
+    The widths, and {"params": ..., "batch_stats": ...} in float32.
+
+  Raises:
+    errors.UserError: it is no U2-Net, or damaged.
+  """
+  path = hub.resolve(spec)
+  if path.is_dir() and len(found := sorted(path.glob("*.onnx"))) == 1:
+    path = found[0]
+  is_onnx = path.suffix == ".onnx"
+  tensors = _from_onnx(path) if is_onnx else hub.read_tensors(path)
+  config = _config(tensors, path)
+  given = convert.convert(tensors, rules(), where=str(path))
+  return config, trees.merge(shapes(config), given, where=str(path))
+
+
+def save(path: str | pathlib.Path, variables: Mapping[str, Any]) -> None:
+  """Writes a .safetensors file under the published names.
+
+  Args:
+    path: the file.
+    variables: {"params": ..., "batch_stats": ...}.
+  """
+  variables = {key: variables[key] for key in ("params", "batch_stats")}
+  variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+  tensors = convert.invert(variables, rules(), where=str(path))
+  safetensors.save_file(tensors, str(path))
+
+
+@functools.lru_cache(maxsize=4)
+def shapes(config: u2net.Config) -> dict[str, Any]:
+  """Returns the shapes of all variables; computes nothing."""
+  net = u2net.U2Net(config)
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  return jax.eval_shape(net.init, jax.random.key(0), image)
+
+
+def _config(
+  tensors: Mapping[str, np.ndarray], path: pathlib.Path
+) -> u2net.Config:
+  """Reads the widths off the shapes."""
+
+  def width(stage: str) -> tuple[int, int]:
+    first = tensors[f"{stage}.rebnconvin.conv_s1.weight"]
+    inner = tensors[f"{stage}.rebnconv1.conv_s1.weight"]
+    return inner.shape[0], first.shape[0]
+
+  try:
+    return u2net.Config(
+      tuple(map(width, u2net.ENCODER)), tuple(map(width, u2net.DECODER))
+    )
+  except KeyError as error:
+    raise errors.UserError(
+      f"{path} is no U2-Net ({error.args[0]} is missing): give u2net.pth,"
+      " u2netp.pth or u2net_human_seg.pth, or their .onnx"
+    ) from error
+
+
+def _in_order() -> list[str]:
+  """Returns the names of all convolutions as the network runs them."""
+  names = []
+  for stage in u2net.ENCODER + u2net.DECODER:
+    depth = {"1": 7, "2": 6, "3": 5}.get(stage[5], 4)
+    down = ["in", *(str(i) for i in range(1, depth + 1))]
+    up = [f"{i}d" for i in range(depth - 1, 0, -1)]
+    names += [f"{stage}.rebnconv{part}" for part in down + up]
+  return [*names, *(f"side{i}" for i in range(1, 7)), "outconv"]
+
+
+def _from_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns the tensors under the published names.
+
+  The exporter folds the norms of a network in eval mode: those become the
+  identity, and the convolution keeps what it was given.
+  """
+  convs, names = onnx.read_convs(path), _in_order()
+  if len(convs) != len(names):
+    raise errors.UserError(
+      f"{path} has {len(convs)} convolutions, a U2-Net {len(names)}: give"
+      " u2net.onnx, u2netp.onnx or u2net_human_seg.onnx"
+    )
+  tensors = {}
+  for name, conv in zip(names, convs, strict=True):
+    out = conv.weight.shape[0]
+    bias = np.zeros(out, np.float32) if conv.bias is None else conv.bias
+    is_alone = "." not in name
+    stem = name if is_alone else f"{name}.conv_s1"
+    tensors |= {f"{stem}.weight": conv.weight, f"{stem}.bias": bias}
+    if is_alone:
+      continue
+    identity = [np.full(out, v, np.float32) for v in (1, 0, 0, 1 - _EPSILON)]
+    parts = ("weight", "bias", "running_mean", "running_var")
+    for part, value in zip(parts, conv.norm or identity, strict=True):
+      tensors[f"{name}.bn_s1.{part}"] = value
+  return tensors
