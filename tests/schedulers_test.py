@@ -21,17 +21,15 @@ from dppp_jax.diffusion import schedulers
 
 # diffusers hands torch tensors to numpy in a way that numpy 2 discourages.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
+  "ignore:__array__ implementation:DeprecationWarning"
 )
 
-SDXL = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-)
+SDXL = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 CLASSES = {
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+  "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+  "euler": diffusers.EulerDiscreteScheduler,
+  "ddim": diffusers.DDIMScheduler,
+  "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
 }
 SHAPE = (2, 3, 5, 4)
 _step = jax.jit(schedulers.step)
@@ -65,9 +63,9 @@ def _run_oracle(scheduler, num_steps, monkeypatch, eta=0.0):
   """Returns inputs, outputs and latents of diffusers' loop, step by step."""
   drawn = iter(range(1, 1000))
   monkeypatch.setattr(
-      scheduling_euler_ancestral_discrete,
-      "randn_tensor",
-      lambda *a, **k: torch.from_numpy(_normal(next(drawn))),
+    scheduling_euler_ancestral_discrete,
+    "randn_tensor",
+    lambda *a, **k: torch.from_numpy(_normal(next(drawn))),
   )
   scheduler.set_timesteps(num_steps)
   scheduler.set_begin_index(0) if hasattr(scheduler, "set_begin_index") else 0
@@ -81,7 +79,7 @@ def _run_oracle(scheduler, num_steps, monkeypatch, eta=0.0):
       noise = torch.from_numpy(_normal(next(drawn)))
       extra = {"eta": eta, "variance_noise": noise}
     latents = scheduler.step(
-        torch.from_numpy(output), timestep, latents, **extra
+      torch.from_numpy(output), timestep, latents, **extra
     ).prev_sample
     trace.append((fed.numpy(), output, latents.numpy()))
   return trace
@@ -100,28 +98,28 @@ def _run(table):
 
 
 CASES = [
-    (method, spacing, num_steps, prediction, karras)
-    for method in CLASSES
-    for spacing, num_steps, prediction, karras in [
-        ("leading", 4, "epsilon", False),
-        ("leading", 30, "v_prediction", False),
-        ("trailing", 20, "epsilon", False),
-        ("trailing", 1, "v_prediction", False),
-        ("linspace", 30, "epsilon", False),
-        ("linspace", 50, "v_prediction", False),
-        ("leading", 20, "epsilon", True),
-        ("linspace", 4, "v_prediction", True),
-    ]
-    if not (karras and method in ("euler_ancestral", "ddim"))
+  (method, spacing, num_steps, prediction, karras)
+  for method in CLASSES
+  for spacing, num_steps, prediction, karras in [
+    ("leading", 4, "epsilon", False),
+    ("leading", 30, "v_prediction", False),
+    ("trailing", 20, "epsilon", False),
+    ("trailing", 1, "v_prediction", False),
+    ("linspace", 30, "epsilon", False),
+    ("linspace", 50, "v_prediction", False),
+    ("leading", 20, "epsilon", True),
+    ("linspace", 4, "v_prediction", True),
+  ]
+  if not (karras and method in ("euler_ancestral", "ddim"))
 ]
 
 
 @pytest.mark.parametrize("method,spacing,num_steps,prediction,karras", CASES)
 def test_follows_diffusers(
-    method, spacing, num_steps, prediction, karras, monkeypatch
+  method, spacing, num_steps, prediction, karras, monkeypatch
 ):
   options = dict(
-      timestep_spacing=spacing, prediction_type=prediction, steps_offset=1
+    timestep_spacing=spacing, prediction_type=prediction, steps_offset=1
   )
   if karras:
     options["use_karras_sigmas"] = True
@@ -131,7 +129,7 @@ def test_follows_diffusers(
   # Padded to one length, so that all of these cases share one program.
   table = schedulers.init(num_steps, config, length=50)
   np.testing.assert_allclose(
-      table.timesteps[:num_steps], oracle.timesteps.numpy(), rtol=0, atol=1e-3
+    table.timesteps[:num_steps], oracle.timesteps.numpy(), rtol=0, atol=1e-3
   )
   # Each step alone, from diffusers' own latents ...
   state = schedulers.begin(table, _normal(0))
@@ -153,9 +151,9 @@ def test_all_cases_shared_one_program():
   _step(table, 1, state, output=_normal(1), noise=_normal(2))
   before = _step._cache_size()
   for config in (
-      schedulers.Config(method="dpmpp_2m"),
-      schedulers.Config(method="ddim", prediction_type="v_prediction"),
-      schedulers.k_diffusion(schedulers.Config()),
+    schedulers.Config(method="dpmpp_2m"),
+    schedulers.Config(method="ddim", prediction_type="v_prediction"),
+    schedulers.k_diffusion(schedulers.Config()),
   ):
     table = schedulers.init(17, config, length=50)
     _step(table, 3, state, output=_normal(1), noise=_normal(2))
@@ -173,10 +171,10 @@ def test_ddim_with_noise_follows_diffusers(monkeypatch):
 @pytest.mark.parametrize("method", ["euler_ancestral", "euler", "ddim"])
 def test_zero_terminal_snr_follows_diffusers(method, monkeypatch):
   oracle = _oracle(
-      method,
-      rescale_betas_zero_snr=True,
-      timestep_spacing="trailing",
-      prediction_type="v_prediction",
+    method,
+    rescale_betas_zero_snr=True,
+    timestep_spacing="trailing",
+    prediction_type="v_prediction",
   )
   expected = _run_oracle(oracle, 10, monkeypatch)
   config = schedulers.Config.from_hf(dict(oracle.config), method=method)
@@ -207,7 +205,7 @@ GOLDEN = {
 def test_golden_table(spacing):
   first, last, sigmas, sigma_last, initial = GOLDEN[spacing]
   table = schedulers.init(
-      30, schedulers.Config(timestep_spacing=spacing), length=32
+    30, schedulers.Config(timestep_spacing=spacing), length=32
   )
   np.testing.assert_allclose(table.timesteps[:3], first, atol=5e-4)
   np.testing.assert_allclose(table.timesteps[28:30], last, atol=5e-4)
@@ -276,14 +274,10 @@ def test_follows_k_diffusion(method, prediction, karras):
       x = (later / now) * x - math.expm1(-h) * mixed
     old = denoised
   config = schedulers.k_diffusion(
-      schedulers.Config(
-          method=method, prediction_type=prediction, karras=karras
-      )
+    schedulers.Config(method=method, prediction_type=prediction, karras=karras)
   )
   table = schedulers.init(num_steps, config, length=50)
-  np.testing.assert_allclose(
-      table.sigmas[:num_steps], sigmas[:-1], rtol=3e-5
-  )
+  np.testing.assert_allclose(table.sigmas[:num_steps], sigmas[:-1], rtol=3e-5)
   # The float32 betas of torch move the sigmas by 1.3e-5 of themselves.
   assert _distance(_run(table)[-1], x) < 3e-5
 
@@ -303,9 +297,9 @@ def test_perfect_network_lands_on_the_picture():
   for method in CLASSES:
     for prediction in ("epsilon", "v_prediction"):
       table = schedulers.init(
-          9,
-          schedulers.Config(method=method, prediction_type=prediction),
-          length=50,
+        9,
+        schedulers.Config(method=method, prediction_type=prediction),
+        length=50,
       )
       state = schedulers.begin_from(table, 0, x0, noise=_normal(1))
       for i in range(9):
@@ -324,7 +318,7 @@ def test_drawing_over_begins_where_diffusers_begins(method):
   table = schedulers.init(20, schedulers.Config(method=method))
   x0, noise = _normal(1), _normal(2)
   expected = oracle.add_noise(
-      torch.from_numpy(x0), torch.from_numpy(noise), oracle.timesteps[7:8]
+    torch.from_numpy(x0), torch.from_numpy(noise), oracle.timesteps[7:8]
   )
   state = schedulers.begin_from(table, 7, x0, noise=noise)
   assert _distance(state.latents, expected.numpy()) < 2e-6
@@ -342,7 +336,7 @@ def test_runs_inside_a_compiled_loop():
       fed = schedulers.network_input(table, i, state)
       noise = schedulers.draw(keys, i, shape=shape)
       return schedulers.step(
-          table, i, state, output=0.8 * fed.astype(jnp.bfloat16), noise=noise
+        table, i, state, output=0.8 * fed.astype(jnp.bfloat16), noise=noise
       )
 
     state = schedulers.begin(table, schedulers.draw(keys, -1, shape=shape))
@@ -361,30 +355,30 @@ def test_runs_inside_a_compiled_loop():
 
 def test_folder_of_sdxl_gives_euler_a_of_diffusers():
   given = diffusers.EulerDiscreteScheduler(
-      **SDXL, timestep_spacing="leading", steps_offset=1
+    **SDXL, timestep_spacing="leading", steps_offset=1
   ).config
   config = schedulers.Config.from_hf(given, method="euler_ancestral")
   assert config == schedulers.Config()
 
 
 @pytest.mark.parametrize(
-    "given,words",
-    [
-        ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler"),
-        ({}, "without a name"),
-        (
-            {
-                "_class_name": "DPMSolverMultistepScheduler",
-                "algorithm_type": "sde-dpmsolver++",
-            },
-            "algorithm_type",
-        ),
-        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample"),
-        (
-            {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1]},
-            "trained_betas",
-        ),
-    ],
+  "given,words",
+  [
+    ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler"),
+    ({}, "without a name"),
+    (
+      {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "sde-dpmsolver++",
+      },
+      "algorithm_type",
+    ),
+    ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample"),
+    (
+      {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1]},
+      "trained_betas",
+    ),
+  ],
 )
 def test_refuses_samplers_that_are_not_built(given, words):
   with pytest.raises(errors.UserError, match=words):
@@ -392,18 +386,18 @@ def test_refuses_samplers_that_are_not_built(given, words):
 
 
 @pytest.mark.parametrize(
-    "num_steps,options,words",
-    [
-        (0, {}, "num_steps=0"),
-        (1001, {}, "num_steps=1001"),
-        (1000, {}, "passes timestep"),
-        (30, {"prediction_type": "sample"}, "prediction_type"),
-        (30, {"timestep_spacing": "even"}, "timestep_spacing"),
-        (30, {"method": "heun"}, "heun"),
-        (30, {"beta_schedule": "cosine"}, "beta_schedule"),
-        (30, {"method": "ddim", "karras": True}, "Karras"),
-        (30, {"method": "ddim", "zero_snr": True}, "zero signal"),
-    ],
+  "num_steps,options,words",
+  [
+    (0, {}, "num_steps=0"),
+    (1001, {}, "num_steps=1001"),
+    (1000, {}, "passes timestep"),
+    (30, {"prediction_type": "sample"}, "prediction_type"),
+    (30, {"timestep_spacing": "even"}, "timestep_spacing"),
+    (30, {"method": "heun"}, "heun"),
+    (30, {"beta_schedule": "cosine"}, "beta_schedule"),
+    (30, {"method": "ddim", "karras": True}, "Karras"),
+    (30, {"method": "ddim", "zero_snr": True}, "zero signal"),
+  ],
 )
 def test_refuses_runs_without_a_meaning(num_steps, options, words):
   with pytest.raises(errors.UserError, match=words):

@@ -16,41 +16,41 @@ from dppp_jax import errors
 Method = Literal["euler_ancestral", "euler", "ddim", "dpmpp_2m"]
 
 _CLASSES: dict[str, Method] = {
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "EulerDiscreteScheduler": "euler",
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+  "EulerAncestralDiscreteScheduler": "euler_ancestral",
+  "EulerDiscreteScheduler": "euler",
+  "DDIMScheduler": "ddim",
+  "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
 _RHO = 7.0  # Karras et al. 2022, Eq. 5.
 # What a folder may ask of a sampler and only one answer is built.
 _SHARED = {"trained_betas": None}
 _ONLY: dict[Method, dict[str, Any]] = {
-    "euler_ancestral": _SHARED,
-    "euler": {
-        **_SHARED,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-        "final_sigmas_type": "zero",
-        "sigma_min": None,
-        "sigma_max": None,
-    },
-    "ddim": {**_SHARED, "thresholding": False, "clip_sample": False},
-    "dpmpp_2m": {
-        **_SHARED,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-        "thresholding": False,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "solver_order": 2,
-        "lower_order_final": True,
-        "final_sigmas_type": "zero",
-        "variance_type": None,
-    },
+  "euler_ancestral": _SHARED,
+  "euler": {
+    **_SHARED,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+    "sigma_min": None,
+    "sigma_max": None,
+  },
+  "ddim": {**_SHARED, "thresholding": False, "clip_sample": False},
+  "dpmpp_2m": {
+    **_SHARED,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "thresholding": False,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "solver_order": 2,
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "variance_type": None,
+  },
 }
 
 
@@ -94,7 +94,7 @@ class Config:
 
   @classmethod
   def from_hf(
-      cls, given: Mapping[str, Any], *, method: Method | None = None
+    cls, given: Mapping[str, Any], *, method: Method | None = None
   ) -> "Config":
     """Reads a scheduler_config.json, as diffusers' `from_config` would.
 
@@ -110,42 +110,42 @@ class Config:
     if method is None:
       if name not in _CLASSES:
         raise errors.UserError(
-            f"scheduler_config.json: sampler {name or 'without a name'!r} is"
-            f" not built: choose one of {', '.join(_CLASSES.values())}"
+          f"scheduler_config.json: sampler {name or 'without a name'!r} is"
+          f" not built: choose one of {', '.join(_CLASSES.values())}"
         )
       method = _CLASSES[name]
     # DDIM clips where the file is silent; no checkpoint of latents means it.
     for key, allowed in _ONLY[method].items():
       if given.get(key, allowed) != allowed:
         raise errors.UserError(
-            f"scheduler_config.json: {key}={given[key]!r} is not built for"
-            f" {method}: set it to {json.dumps(allowed)}"
+          f"scheduler_config.json: {key}={given[key]!r} is not built for"
+          f" {method}: set it to {json.dumps(allowed)}"
         )
     default = "leading" if method == "ddim" else "linspace"
     return cls(
-        method=method,
-        prediction_type=given.get("prediction_type", "epsilon"),
-        num_train_timesteps=given.get("num_train_timesteps", 1000),
-        beta_start=given.get("beta_start", 1e-4),
-        beta_end=given.get("beta_end", 0.02),
-        beta_schedule=given.get("beta_schedule", "linear"),
-        timestep_spacing=given.get("timestep_spacing", default),
-        steps_offset=given.get("steps_offset", 0),
-        # diffusers has Karras sigmas for these two only.
-        karras=method in ("euler", "dpmpp_2m")
-        and bool(given.get("use_karras_sigmas", False)),
-        zero_snr=bool(given.get("rescale_betas_zero_snr", False)),
-        set_alpha_to_one=given.get("set_alpha_to_one", True),
+      method=method,
+      prediction_type=given.get("prediction_type", "epsilon"),
+      num_train_timesteps=given.get("num_train_timesteps", 1000),
+      beta_start=given.get("beta_start", 1e-4),
+      beta_end=given.get("beta_end", 0.02),
+      beta_schedule=given.get("beta_schedule", "linear"),
+      timestep_spacing=given.get("timestep_spacing", default),
+      steps_offset=given.get("steps_offset", 0),
+      # diffusers has Karras sigmas for these two only.
+      karras=method in ("euler", "dpmpp_2m")
+      and bool(given.get("use_karras_sigmas", False)),
+      zero_snr=bool(given.get("rescale_betas_zero_snr", False)),
+      set_alpha_to_one=given.get("set_alpha_to_one", True),
     )
 
 
 def k_diffusion(config: Config) -> Config:
   """Returns the same sampler by k-diffusion's conventions."""
   return dataclasses.replace(
-      config,
-      timestep_spacing="linspace",
-      log_interpolation=True,
-      continuous=True,
+    config,
+    timestep_spacing="linspace",
+    log_interpolation=True,
+    continuous=True,
   )
 
 
@@ -162,8 +162,8 @@ def alphas_cumprod(config: Config) -> np.ndarray:
     betas = _linspace(config.beta_start**0.5, config.beta_end**0.5, steps) ** 2
   else:
     raise errors.UserError(
-        f"beta_schedule {config.beta_schedule!r} is not built: use"
-        " scaled_linear or linear"
+      f"beta_schedule {config.beta_schedule!r} is not built: use"
+      " scaled_linear or linear"
     )
   if config.zero_snr:
     # Lin et al. 2023, Algorithm 1.
@@ -179,7 +179,7 @@ def alphas_cumprod(config: Config) -> np.ndarray:
 
 
 def schedule(
-    num_steps: int, config: Config
+  num_steps: int, config: Config
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Says where the steps of a run stand.
 
@@ -203,10 +203,12 @@ def schedule(
     at = timesteps.astype(int)
     before = at - config.num_train_timesteps // num_steps
     final = 1.0 if config.set_alpha_to_one else cumulative[0]
-    bar = np.stack([
+    bar = np.stack(
+      [
         cumulative[at],
         np.where(before < 0, final, cumulative[np.maximum(before, 0)]),
-    ]).astype(np.float64)
+      ]
+    ).astype(np.float64)
     return timesteps, np.sqrt(bar), np.sqrt(1 - bar)
   levels = _sigmas(cumulative)
   timesteps, sigmas = _place(timesteps, config, levels)
@@ -227,9 +229,9 @@ def _timesteps(num_steps: int, config: Config) -> np.ndarray:
     at = at + config.steps_offset
     if at[0] >= last:
       raise errors.UserError(
-          f"num_steps={num_steps} with timestep_spacing leading and"
-          f" steps_offset={config.steps_offset} passes timestep {last - 1}:"
-          " take fewer steps or trailing"
+        f"num_steps={num_steps} with timestep_spacing leading and"
+        f" steps_offset={config.steps_offset} passes timestep {last - 1}:"
+        " take fewer steps or trailing"
       )
   elif config.timestep_spacing == "trailing":
     at = np.arange(last, 0, -last / num_steps).round() - 1
@@ -242,7 +244,7 @@ def _timesteps(num_steps: int, config: Config) -> np.ndarray:
 
 
 def _place(
-    timesteps: np.ndarray, config: Config, levels: np.ndarray
+  timesteps: np.ndarray, config: Config, levels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns timesteps and sigmas [T], respaced where Karras is asked for."""
   logs = np.log(levels).astype(np.float64)
@@ -273,35 +275,35 @@ def _check(num_steps: int, config: Config) -> None:
   last = config.num_train_timesteps
   if not 1 <= num_steps <= last:
     raise errors.UserError(
-        f"num_steps={num_steps}: choose between 1 and {last}"
+      f"num_steps={num_steps}: choose between 1 and {last}"
     )
   if config.prediction_type not in ("epsilon", "v_prediction"):
     raise errors.UserError(
-        f"prediction_type {config.prediction_type!r} is not built: use epsilon"
-        " or v_prediction"
+      f"prediction_type {config.prediction_type!r} is not built: use epsilon"
+      " or v_prediction"
     )
   if config.timestep_spacing not in ("leading", "trailing", "linspace"):
     raise errors.UserError(
-        f"timestep_spacing {config.timestep_spacing!r} is not known: use"
-        " leading, trailing or linspace"
+      f"timestep_spacing {config.timestep_spacing!r} is not known: use"
+      " leading, trailing or linspace"
     )
   if config.method not in _CLASSES.values():
     raise errors.UserError(
-        f"sampler {config.method!r} is not built: choose one of"
-        f" {', '.join(_CLASSES.values())}"
+      f"sampler {config.method!r} is not built: choose one of"
+      f" {', '.join(_CLASSES.values())}"
     )
   if config.method == "ddim" and (config.karras or config.continuous):
     raise errors.UserError(
-        "ddim has neither Karras sigmas nor k-diffusion's steps: use euler"
+      "ddim has neither Karras sigmas nor k-diffusion's steps: use euler"
     )
   if (
-      config.method == "ddim"
-      and config.zero_snr
-      and config.prediction_type == "epsilon"
+    config.method == "ddim"
+    and config.zero_snr
+    and config.prediction_type == "epsilon"
   ):
     raise errors.UserError(
-        "ddim cannot begin at zero signal with prediction_type epsilon: use"
-        " v_prediction, or zero_snr=False"
+      "ddim cannot begin at zero signal with prediction_type epsilon: use"
+      " v_prediction, or zero_snr=False"
     )
 
 
@@ -321,6 +323,5 @@ def _linspace(start: float, end: float, steps: int) -> np.ndarray:
   gap = ((end - start) / np.float32(steps - 1)).astype(np.float64)
   i = np.arange(steps)
   return np.where(
-      i < steps // 2, start + gap * i, end - gap * (steps - 1 - i)
+    i < steps // 2, start + gap * i, end - gap * (steps - 1 - i)
   ).astype(np.float32)
-

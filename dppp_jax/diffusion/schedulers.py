@@ -80,9 +80,7 @@ class State(NamedTuple):
   denoised: types.Array
 
 
-def init(
-    num_steps: int, config: Config, *, length: int | None = None
-) -> Table:
+def init(num_steps: int, config: Config, *, length: int | None = None) -> Table:
   """Works out the step table of a run.
 
   Args:
@@ -96,7 +94,7 @@ def init(
   """
   if length is not None and length < num_steps:
     raise errors.UserError(
-        f"num_steps={num_steps} does not fit a table of length {length}"
+      f"num_steps={num_steps} does not fit a table of length {length}"
     )
   timesteps, signal, spread = noising.schedule(num_steps, config)
   (mean, mean_after), (std, std_after) = signal, spread
@@ -116,30 +114,30 @@ def init(
     denoised, previous = denoised * (1 + half), -denoised * half
   # Euler of diffusers adds the signal's unit variance for "leading" only.
   is_noise_only = config.continuous or (
-      config.method.startswith("euler") and config.timestep_spacing != "leading"
+    config.method.startswith("euler") and config.timestep_spacing != "leading"
   )
   with np.errstate(divide="ignore"):
     sigmas = std / mean
   rows = {
-      "timesteps": timesteps,
-      "sigmas": sigmas,
-      "scale_in": 1 / np.sqrt(power),
-      "x0_latents": x0_latents,
-      "x0_output": x0_output,
-      "keep": keep,
-      "denoised": denoised,
-      "previous": previous,
-      "noise": noise,
-      "mean": mean,
-      "std": std,
+    "timesteps": timesteps,
+    "sigmas": sigmas,
+    "scale_in": 1 / np.sqrt(power),
+    "x0_latents": x0_latents,
+    "x0_output": x0_output,
+    "keep": keep,
+    "denoised": denoised,
+    "previous": previous,
+    "noise": noise,
+    "mean": mean,
+    "std": std,
   }
   pad = (0, (length or num_steps) - num_steps)
   return Table(
-      num_steps=np.int32(num_steps),
-      init_noise_sigma=np.float32(
-          std[0] if is_noise_only else math.sqrt(power[0])
-      ),
-      **{k: np.pad(v, pad).astype(np.float32) for k, v in rows.items()},
+    num_steps=np.int32(num_steps),
+    init_noise_sigma=np.float32(
+      std[0] if is_noise_only else math.sqrt(power[0])
+    ),
+    **{k: np.pad(v, pad).astype(np.float32) for k, v in rows.items()},
   )
 
 
@@ -150,7 +148,7 @@ def begin(table: Table, noise: types.Array) -> State:
 
 
 def begin_from(
-    table: Table, i: types.Array | int, x0: types.Array, *, noise: types.Array
+  table: Table, i: types.Array | int, x0: types.Array, *, noise: types.Array
 ) -> State:
   """Returns the state before step i of a picture that is drawn over.
 
@@ -165,19 +163,19 @@ def begin_from(
 
 
 def network_input(
-    table: Table, i: types.Array | int, state: State
+  table: Table, i: types.Array | int, state: State
 ) -> jax.Array:
   """Returns the latents [B, h, w, c] as the network wants them at step i."""
   return state.latents * table.scale_in[i]
 
 
 def step(
-    table: Table,
-    i: types.Array | int,
-    state: State,
-    *,
-    output: types.Array,
-    noise: types.Array | None,
+  table: Table,
+  i: types.Array | int,
+  state: State,
+  *,
+  output: types.Array,
+  noise: types.Array | None,
 ) -> State:
   """Takes step i; pure, in float32, inside jit, fori_loop or scan.
 
@@ -194,9 +192,9 @@ def step(
   output = output.astype(jnp.float32)
   x0 = table.x0_latents[i] * state.latents + table.x0_output[i] * output
   latents = (
-      table.keep[i] * state.latents
-      + table.denoised[i] * x0
-      + table.previous[i] * state.denoised
+    table.keep[i] * state.latents
+    + table.denoised[i] * x0
+    + table.previous[i] * state.denoised
   )
   if noise is not None:
     latents = latents + table.noise[i] * noise.astype(jnp.float32)
@@ -204,7 +202,7 @@ def step(
 
 
 def draw(
-    keys: jax.Array, i: types.Array | int, *, shape: Sequence[int]
+  keys: jax.Array, i: types.Array | int, *, shape: Sequence[int]
 ) -> jax.Array:
   """Draws the noise of step i, sample by sample.
 
@@ -218,9 +216,9 @@ def draw(
     key alone, not on the batch that it is drawn in.
   """
   one = lambda key: jax.random.normal(
-      jax.random.fold_in(key, jnp.asarray(i, jnp.int32).astype(jnp.uint32)),
-      tuple(shape),
-      jnp.float32,
+    jax.random.fold_in(key, jnp.asarray(i, jnp.int32).astype(jnp.uint32)),
+    tuple(shape),
+    jnp.float32,
   )
   return jax.vmap(one)(keys)
 
@@ -242,5 +240,3 @@ def _second_order(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     widths = np.diff(np.log(mean / std))
     half[1:-1] = 0.5 * widths[1:] / widths[:-1]
   return half
-
-
