@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from dppp_jax import errors
@@ -444,7 +445,7 @@ def test_impossible_benchmarks_are_refused(tmp_path, changes, named):
 
 def test_the_script_writes_both_and_refuses_to_overwrite(tmp_path):
   command = [
-    sys.executable, "-m", "data_tools.paperdoll_benchmark",
+    sys.executable, "data_tools/paperdoll_benchmark.py",
     f"--out={tmp_path / 'out'}", "--train_ids=1", "--test_ids=1",
     "--images_per_camera=2", "--distractors=1", "--size=48,24",
   ]  # fmt: skip
@@ -459,6 +460,21 @@ def test_the_script_writes_both_and_refuses_to_overwrite(tmp_path):
   again = run()
   assert again.returncode == 2
   assert again.stderr.count("\n") == 1 and "overwritten" in again.stderr
+
+
+def test_the_committed_contact_sheets_are_those_of_the_script(tmp_path):
+  subprocess.run(
+    [sys.executable, "data_tools/paperdoll_sheets.py", f"--out={tmp_path}"],
+    capture_output=True, check=True, cwd=_ROOT,
+  )  # fmt: skip
+  for name in ("paperdoll_studio.png", "paperdoll_street.png"):
+    ours, held = (
+      np.array(PIL.Image.open(folder / name)).astype(int)
+      for folder in (tmp_path, _ROOT / "docs")
+    )
+    assert ours.shape == held.shape
+    # Another OpenCV may round a pixel otherwise; the pictures are the same.
+    assert np.abs(ours - held).mean() < 1.0
 
 
 def test_ribbon_paints_bands_where_its_cloth_has_them():
