@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     ("paperdoll_studio.png", studio(_SEED.value)),
     ("paperdoll_street.png", street(_SEED.value)),
   ):
-    PIL.Image.fromarray(sheet).save(out / name, optimize=True)
+    PIL.Image.fromarray(sheet).save(out / name)
     print(out / name)
 
 
