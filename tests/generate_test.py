@@ -155,6 +155,34 @@ def test_mistakes(data_dir, capsys, words, message):
   assert after == before
 
 
+def test_ctrl_c_on_a_terminal_reaches_all_and_is_answered_once(tmp_path):
+  """Right at the start, when the drawing processes still import."""
+  command = [sys.executable, str(_ROOT / "launch/generate.py"), *_SMALL]
+  process = subprocess.Popen(
+    [*command, f"--data_dir={tmp_path}", "--num_processes=2"],
+    env=os.environ | {"PYTHONPATH": str(_ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  children = pathlib.Path(f"/proc/{process.pid}/task")
+  born = lambda: sum(
+    len(task.read_text().split()) for task in children.glob("*/children")
+  )
+  if not list(children.glob("*/children")):
+    process.kill()
+    pytest.skip("this system does not list the children of a process")
+  _wait_until(lambda: born() >= 3)  # Two, and multiprocessing's own tracker.
+  os.killpg(process.pid, signal.SIGINT)
+  out, err = process.communicate()
+  assert "Traceback" not in err
+  assert (process.returncode, "run the same command again" in out) in [
+    (130, True),
+    (0, False),  # All three were drawn already.
+  ], err
+
+
 def test_a_killed_parent_leaves_no_one_behind(tmp_path):
   """kill -9 of the launcher: its drawing processes end by themselves."""
   command = [sys.executable, str(_ROOT / "launch/generate.py")]

@@ -7,6 +7,7 @@ function from a pid to records; everything here is the same for both.
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -233,6 +234,9 @@ def _make(
     mp_context=multiprocessing.get_context("spawn"),
     initializer=_in_worker,
   ) as pool:
+    with _deaf():  # Each of the first submissions starts a process.
+      for pid in itertools.islice(left, num_processes):
+        begun.append((pid, pool.submit(_call, make_identity, pid)))
     while not signals.number:
       for pid in itertools.islice(left, 2 * num_processes - len(begun)):
         begun.append((pid, pool.submit(_call, make_identity, pid)))
@@ -254,6 +258,19 @@ def _call(make_identity: MakeIdentity, pid: int) -> Identity:
   if isinstance(made, Identity):
     return made
   return Identity(list(made))
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+  """Lets processes be born deaf to Ctrl-C, which goes to all on a terminal."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, old)
 
 
 def _in_worker() -> None:
