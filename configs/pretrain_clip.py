@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   data.num_images = 32_000  # One picture of as many people.
   data.num_held_out = 2_000  # Of other people, for the card.
   data.num_short = 8  # Short sentences of each picture,
-  data.max_short = 24  # cut after so many tokens.
+  data.max_short = 16  # cut after so many tokens.
   data.image_size = (96, 48)
   data.seed = 0  # Of the drawn world.
   data.processes = 2
@@ -57,17 +57,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.batch_size = 128
-  train.epochs = 12
+  train.epochs = 10
   train.lr = 1e-3
   train.weight_decay = 0.05
   train.warmup = 0.05  # Of the steps.
-  train.short_weight = 1.0
+  train.short_weight = 2.0  # Of the short texts against the captions,
+  train.full_share = 0.5  # which are read for this share of a batch.
   train.log_every = 25
   train.checkpoint_every = 250
   train.tensorboard = False
 
   if arg == "smoke":
     data.num_images, data.num_held_out = 64, 32
-    train.batch_size, train.epochs = 12, 1
+    train.batch_size, train.epochs = 10, 1
     model.vision.num_hidden_layers = model.text.num_hidden_layers = 2
   return config

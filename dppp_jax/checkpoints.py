@@ -50,41 +50,41 @@ class Manager:
   """
 
   def __init__(
-      self,
-      workdir: str | pathlib.Path,
-      *,
-      best_metric: str | None = None,
-      max_latest: int = 2,
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    best_metric: str | None = None,
+    max_latest: int = 2,
   ):
     policies = ocp.checkpoint_managers
     keep = [policies.LatestN(max_latest)]
     if best_metric is not None:
       keep.append(
-          policies.BestN(
-              get_metric_fn=lambda metrics: metrics[best_metric],
-              n=1,
-              keep_checkpoints_without_metrics=False,
-          )
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics[best_metric],
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
       )
     self._root = pathlib.Path(workdir).absolute() / _FOLDER
     self._manager = ocp.CheckpointManager(
-        self._root,
-        item_names=("model", "opt", "data"),
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-        ),
+      self._root,
+      item_names=("model", "opt", "data"),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+      ),
     )
 
   def save(
-      self,
-      step: int,
-      *,
-      params: types.Params,
-      collections: types.Collections,
-      opt: Any,
-      data: Mapping[str, Any],
-      metrics: Mapping[str, float] | None = None,
+    self,
+    step: int,
+    *,
+    params: types.Params,
+    collections: types.Collections,
+    opt: Any,
+    data: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Saves in the background; an existing step is left as it is.
 
@@ -95,19 +95,19 @@ class Manager:
       return
     copy = lambda tree: jax.tree.map(lambda x: np.array(x, copy=True), tree)
     self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            model=ocp.args.StandardSave(
-                copy({"params": params, "collections": collections})
-            ),
-            opt=ocp.args.StandardSave(copy({"state": opt})),
-            data=ocp.args.JsonSave(dict(data)),
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.StandardSave(
+          copy({"params": params, "collections": collections})
         ),
-        metrics=dict(metrics) if metrics else None,
+        opt=ocp.args.StandardSave(copy({"state": opt})),
+        data=ocp.args.JsonSave(dict(data)),
+      ),
+      metrics=dict(metrics) if metrics else None,
     )
 
   def restore(
-      self, abstract_opt: Callable[[types.Params, dict[str, Any]], Any]
+    self, abstract_opt: Callable[[types.Params, dict[str, Any]], Any]
   ) -> Restored | None:
     """Restores the newest sound checkpoint.
 
@@ -125,17 +125,17 @@ class Manager:
     for step in steps:
       try:
         items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()
+          model=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()
         )
         read = self._manager.restore(step, args=items)
         model, data = read["model"], read["data"]
         target = {"state": abstract_opt(model["params"], data)}
         opt = self._manager.restore(
-            step,
-            args=ocp.args.Composite(opt=ocp.args.StandardRestore(target)),
+          step,
+          args=ocp.args.Composite(opt=ocp.args.StandardRestore(target)),
         )["opt"]["state"]
         return Restored(
-            step, model["params"], model.get("collections") or {}, opt, data
+          step, model["params"], model.get("collections") or {}, opt, data
         )
       except errors.UserError:
         raise
@@ -143,16 +143,16 @@ class Manager:
         # Orbax raises ValueError, KeyError, FileNotFoundError and others for
         # one and the same thing: a checkpoint that cannot be read.
         logging.warning(
-            "checkpoint %s/%d is damaged (%s); trying the one before it",
-            self._root,
-            step,
-            _first_line(error),
+          "checkpoint %s/%d is damaged (%s); trying the one before it",
+          self._root,
+          step,
+          _first_line(error),
         )
         self._discard(step)
     if steps:
       raise errors.UserError(
-          f"{self._root}: none of the checkpoints {steps} can be read; move the"
-          " folder away to start afresh"
+        f"{self._root}: none of the checkpoints {steps} can be read; move the"
+        " folder away to start afresh"
       )
     return None
 
@@ -173,7 +173,7 @@ class Manager:
 
 
 def restore_model(
-    workdir: str | pathlib.Path, step: int | None = None
+  workdir: str | pathlib.Path, step: int | None = None
 ) -> tuple[int, types.Params]:
   """Reads the parameters of a run, without its optimiser.
 
@@ -189,11 +189,11 @@ def restore_model(
   """
   root = pathlib.Path(workdir).absolute() / _FOLDER
   steps = sorted(
-      (int(p.name) for p in root.glob("*") if p.name.isdigit()), reverse=True
+    (int(p.name) for p in root.glob("*") if p.name.isdigit()), reverse=True
   )
   if not steps:
     raise errors.UserError(
-        f"{root}: no checkpoint; train first, or name another --workdir"
+      f"{root}: no checkpoint; train first, or name another --workdir"
     )
   if step is not None and step not in steps:
     raise errors.UserError(f"{root}: no step {step}; there are {steps}")
@@ -204,14 +204,14 @@ def restore_model(
       return candidate, model["params"]
     except Exception as error:  # pylint: disable=broad-except
       logging.warning(
-          "checkpoint %s/%d is damaged (%s)",
-          root,
-          candidate,
-          _first_line(error),
+        "checkpoint %s/%d is damaged (%s)",
+        root,
+        candidate,
+        _first_line(error),
       )
   raise errors.UserError(
-      f"{root}: checkpoint {step or steps} cannot be read; restore it from a"
-      " copy or train again"
+    f"{root}: checkpoint {step or steps} cannot be read; restore it from a"
+    " copy or train again"
   )
 
 

@@ -137,7 +137,9 @@ def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _evaluate(workdir, drawn):
   """Scores the frozen CLIP, the encoder of PTL and the projector of PSD."""
-  size = tuple(json.loads((workdir / "extractor.json").read_text())["image_size"])
+  size = tuple(
+    json.loads((workdir / "extractor.json").read_text())["image_size"]
+  )
   models = {
     _MODELS[0]: extractor.load_extractor(MINI_CLIP, image_size=size),
     # PSD leaves the encoder as PTL made it: one checkpoint holds both.
@@ -176,7 +178,8 @@ def _sections(folder, models, evaluations, *, header, rows):
     ),
     report.Section(
       "Direct transfer",
-      report.table(header, rows) + report.figure(figures.png(figures.cmc(curves))),
+      report.table(header, rows)
+      + report.figure(figures.png(figures.cmc(curves))),
     ),
   ]
   for title, found in final.items():
@@ -186,9 +189,7 @@ def _sections(folder, models, evaluations, *, header, rows):
       body += report.figure(picture, f"{which} queries by AP, {_MODELS[-1]}")
     sections.append(report.Section(f"Ranked lists, {title}", body))
   shown = {k: models[k] for k in (_MODELS[0], _MODELS[-1])}
-  found = domains.between(
-    shown, final["market1501"].gallery, source, num=2_000
-  )
+  found = domains.between(shown, final["market1501"].gallery, source, num=2_000)
   body = report.figure(
     figures.png(figures.distance_distributions(found)),
     "Distances of street and invented people, the same pairs for both models",

@@ -10,12 +10,12 @@ import tqdm
 
 
 def progress(
-    iterable: Iterable | None = None,
-    *,
-    total: int | None = None,
-    desc: str = "",
-    unit: str = "it",
-    initial: int = 0,
+  iterable: Iterable | None = None,
+  *,
+  total: int | None = None,
+  desc: str = "",
+  unit: str = "it",
+  initial: int = 0,
 ) -> tqdm.tqdm:
   """Returns a tqdm bar on stderr; silent where stderr is not a terminal.
 
@@ -27,13 +27,13 @@ def progress(
     initial: units already done by an earlier run.
   """
   return tqdm.tqdm(
-      iterable,
-      total=total,
-      desc=desc,
-      unit=unit,
-      initial=initial,
-      dynamic_ncols=True,
-      disable=not sys.stderr.isatty(),
+    iterable,
+    total=total,
+    desc=desc,
+    unit=unit,
+    initial=initial,
+    dynamic_ncols=True,
+    disable=not sys.stderr.isatty(),
   )
 
 
@@ -46,11 +46,11 @@ class Writer:
   """
 
   def __init__(
-      self,
-      workdir: str | pathlib.Path,
-      *,
-      tensorboard: bool = False,
-      resume_step: int = 0,
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    tensorboard: bool = False,
+    resume_step: int = 0,
   ):
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._path.parent.mkdir(parents=True, exist_ok=True)

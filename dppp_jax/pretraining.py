@@ -17,7 +17,8 @@ from dppp_jax.models import clip
 from dppp_jax.paperdoll import corpus as corpus_lib
 from dppp_jax.paperdoll import wardrobe
 from dppp_jax.train import loop, run
-from dppp_jax.weights import export, load, tokenizer as tokenizer_lib
+from dppp_jax.weights import export, load
+from dppp_jax.weights import tokenizer as tokenizer_lib
 
 # Attributes whose zero-shot accuracy the card reports.
 _REPORTED = (
@@ -60,6 +61,7 @@ def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     {
       "full": tokenize(corpus.full, length),
       "short": tokenize(corpus.short, data["max_short"]),
+      **_codes(corpus),
     },
     batch_size=train["batch_size"],
     epochs=train["epochs"],
@@ -67,6 +69,7 @@ def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     weight_decay=train["weight_decay"],
     warmup=train["warmup"],
     short_weight=train["short_weight"],
+    full_share=train["full_share"],
     augment=augment,
     dtype=jnp.dtype(config["dtype"]),
   )
@@ -155,7 +158,9 @@ def measure(
     if corpus.full:
       texts = encoder.texts([group[0] for group in corpus.full])
       recall = zeroshot.recall_at_1(images, texts)
-      found[name]["image_to_text_R@1"], found[name]["text_to_image_R@1"] = recall
+      found[name]["image_to_text_R@1"], found[name]["text_to_image_R@1"] = (
+        recall
+      )
   return {**found, "parameters": trees.count(params)}
 
 
@@ -197,6 +202,23 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
   for key in ("image_to_text_R@1", "text_to_image_R@1"):
     lines.append(f"| {key} | | {metrics['studio'][key]:.1%} | |")
   return "\n".join(lines) + "\n"
+
+
+def _codes(corpus: corpus_lib.Corpus) -> dict[str, np.ndarray]:
+  """Returns every person's attributes and what every short text names."""
+  names = sorted(wardrobe.VALUES)
+  attributes = [
+    [wardrobe.VALUES[name].index(person[name]) for name in names]
+    for person in corpus.attributes
+  ]
+  mentions = [
+    [[name in named for name in names] for named in group]
+    for group in corpus.mentions
+  ]
+  return {
+    "attributes": np.array(attributes, np.int32),
+    "mentions": np.array(mentions, bool),
+  }
 
 
 def _draw(data, domain, num, cache) -> corpus_lib.Corpus:

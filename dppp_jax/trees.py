@@ -36,7 +36,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def match(
-    names: Iterable[str], rules: Sequence[tuple[str, Any]]
+  names: Iterable[str], rules: Sequence[tuple[str, Any]]
 ) -> dict[str, Any]:
   """Gives every name the value of the first rule whose regex matches it all.
 
@@ -61,26 +61,26 @@ def match(
         break
     else:
       raise errors.UserError(
-          f"parameter {name} is matched by no rule: end the rules with a"
-          " catch-all such as ('.*', None)"
+        f"parameter {name} is matched by no rule: end the rules with a"
+        " catch-all such as ('.*', None)"
       )
   for i, (pattern, _) in enumerate(rules):
     shadowed = any(re.fullmatch(pattern, name) for name in names)
     if i not in used and not shadowed:
       raise errors.UserError(
-          f"rule {pattern!r} matches no parameter: the names begin"
-          f" {', '.join(names[:3])}"
+        f"rule {pattern!r} matches no parameter: the names begin"
+        f" {', '.join(names[:3])}"
       )
   return matched
 
 
 def merge(
-    expected: Mapping[str, Any],
-    given: Mapping[str, Any],
-    *,
-    where: str,
-    ignore_missing: Sequence[str] = (),
-    ignore_extra: Sequence[str] = (),
+  expected: Mapping[str, Any],
+  given: Mapping[str, Any],
+  *,
+  where: str,
+  ignore_missing: Sequence[str] = (),
+  ignore_extra: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Puts given tensors in the place of expected ones, and accounts for all.
 
@@ -101,7 +101,7 @@ def merge(
   """
   expected, given = flatten(expected), flatten(given)
   is_ignored = lambda name, regexes: any(
-      re.fullmatch(regex, name) for regex in regexes
+    re.fullmatch(regex, name) for regex in regexes
   )
   diff = []
   for name in sorted(expected.keys() | given.keys()):
@@ -113,16 +113,16 @@ def merge(
         diff.append(f"+ {name} {tuple(given[name].shape)}")
     elif tuple(expected[name].shape) != tuple(given[name].shape):
       diff.append(
-          f"! {name} expects {tuple(expected[name].shape)},"
-          f" holds {tuple(given[name].shape)}"
+        f"! {name} expects {tuple(expected[name].shape)},"
+        f" holds {tuple(given[name].shape)}"
       )
   if diff:
     more = f"\n  and {len(diff) - _SHOWN} more" if len(diff) > _SHOWN else ""
     raise errors.UserError(
-        f"{where}: {len(diff)} tensors do not fit the model (- missing,"
-        " + extra, ! shape); is it a checkpoint of another model?\n  "
-        + "\n  ".join(diff[:_SHOWN])
-        + more
+      f"{where}: {len(diff)} tensors do not fit the model (- missing,"
+      " + extra, ! shape); is it a checkpoint of another model?\n  "
+      + "\n  ".join(diff[:_SHOWN])
+      + more
     )
   return unflatten({name: given.get(name, expected[name]) for name in expected})
 

@@ -12,45 +12,45 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # A room imports only from floors below its own. Modules of the package root
 # that are not named here are rooms of their own, and so must be added.
 _FLOORS = {
-    "errors": 0,
-    "types": 1,
-    "trees": 1,
-    "rngs": 1,
-    "logs": 1,
-    "data": 2,
-    "checkpoints": 2,
-    "models": 2,
-    "diffusion": 3,
-    "weights": 3,
-    "train": 4,
-    "evals": 4,
-    "geneperson": 4,
-    "methods": 5,
-    "paperdoll": 5,
-    "cli": 6,
-    "pretraining": 6,
-    "training": 6,
-    "demo": 7,
+  "errors": 0,
+  "types": 1,
+  "trees": 1,
+  "rngs": 1,
+  "logs": 1,
+  "data": 2,
+  "checkpoints": 2,
+  "models": 2,
+  "diffusion": 3,
+  "weights": 3,
+  "train": 4,
+  "evals": 4,
+  "geneperson": 4,
+  "methods": 5,
+  "paperdoll": 5,
+  "cli": 6,
+  "pretraining": 6,
+  "training": 6,
+  "demo": 7,
 }
 _TOP = ("launch", "data_tools", "benchmarks", "configs", "tests")
 # pip name -> the only places that may import it.
 _KEPT_TO = {
-    "flax": ("dppp_jax/models/",),
-    "optax": ("dppp_jax/train/",),
-    "orbax": ("dppp_jax/checkpoints.py",),
-    "torch": ("tests/", "benchmarks/", "dppp_jax/weights/hub.py"),
-    "diffusers": ("tests/", "benchmarks/"),
-    "transformers": ("tests/", "benchmarks/", "dppp_jax/weights/"),
-    "tensorflow": ("tests/",),
-    "tensorboardX": ("dppp_jax/logs.py", "tests/"),
-    "ml_collections": (
-        "configs/",
-        "launch/",
-        "tests/",
-        "dppp_jax/cli.py",
-        "dppp_jax/train/loop.py",
-        "dppp_jax/geneperson/pipeline.py",
-    ),
+  "flax": ("dppp_jax/models/",),
+  "optax": ("dppp_jax/train/",),
+  "orbax": ("dppp_jax/checkpoints.py",),
+  "torch": ("tests/", "benchmarks/", "dppp_jax/weights/hub.py"),
+  "diffusers": ("tests/", "benchmarks/"),
+  "transformers": ("tests/", "benchmarks/", "dppp_jax/weights/"),
+  "tensorflow": ("tests/",),
+  "tensorboardX": ("dppp_jax/logs.py", "tests/"),
+  "ml_collections": (
+    "configs/",
+    "launch/",
+    "tests/",
+    "dppp_jax/cli.py",
+    "dppp_jax/train/loop.py",
+    "dppp_jax/geneperson/pipeline.py",
+  ),
 }
 
 
@@ -82,7 +82,7 @@ def test_every_room_has_a_floor():
 
 
 @pytest.mark.parametrize(
-    "path", _files("dppp_jax"), ids=lambda p: str(p.relative_to(_ROOT))
+  "path", _files("dppp_jax"), ids=lambda p: str(p.relative_to(_ROOT))
 )
 def test_imports_go_down(path):
   room = _room(path)
@@ -95,8 +95,8 @@ def test_imports_go_down(path):
       continue
     other = match[1]
     assert _FLOORS[other] < _FLOORS[room], (
-        f"{path.name} ({room}, floor {_FLOORS[room]}) imports {name}"
-        f" (floor {_FLOORS[other]})"
+      f"{path.name} ({room}, floor {_FLOORS[room]}) imports {name}"
+      f" (floor {_FLOORS[other]})"
     )
 
 
@@ -134,9 +134,9 @@ def test_loop_is_handed_its_evaluator():
 @pytest.mark.parametrize("folder", ["launch", "data_tools"])
 def test_launchers_are_short_and_tested(folder):
   tests = "\n".join(
-      path.read_text()
-      for path in _files("tests")
-      if path.name != "architecture_test.py"
+    path.read_text()
+    for path in _files("tests")
+    if path.name != "architecture_test.py"
   )
   for path in _files(folder):
     lines = path.read_text().splitlines()
@@ -146,8 +146,8 @@ def test_launchers_are_short_and_tested(folder):
 
 def test_files_are_of_a_readable_size():
   sizes = {
-      str(path.relative_to(_ROOT)): len(path.read_text().splitlines())
-      for path in _files("dppp_jax")
+    str(path.relative_to(_ROOT)): len(path.read_text().splitlines())
+    for path in _files("dppp_jax")
   }
   assert {name: n for name, n in sizes.items() if n > 450} == {}
 
@@ -155,8 +155,8 @@ def test_files_are_of_a_readable_size():
 def test_modules_are_imported_not_names():
   """`from dppp_jax.models import clip`, never `... .clip import CLIP`."""
   modules = {
-      str(p.relative_to(_ROOT).with_suffix("")).replace("/", ".")
-      for p in _files("dppp_jax")
+    str(p.relative_to(_ROOT).with_suffix("")).replace("/", ".")
+    for p in _files("dppp_jax")
   }
   packages = {m.removesuffix(".__init__") for m in modules}
   for folder in ("dppp_jax", "launch", "data_tools"):

@@ -37,8 +37,8 @@ def make_stages(epochs=4, explode_at=None):
     del params, collections
     kernel = jax.random.normal(rng, (96, _NUM_IDS)) * 0.1
     params = {
-        "head": {"kernel": kernel, "bias": jnp.zeros(_NUM_IDS)},
-        "fixed": {"kernel": jnp.ones(3)},
+      "head": {"kernel": kernel, "bias": jnp.zeros(_NUM_IDS)},
+      "fixed": {"kernel": jnp.ones(3)},
     }
     return params, {"batch_stats": {"seen": jnp.zeros(())}}
 
@@ -46,11 +46,10 @@ def make_stages(epochs=4, explode_at=None):
     x = batch["image"].reshape(len(batch["image"]), -1)
     x = x * jax.random.bernoulli(rng, 0.9, x.shape)  # Dropout: uses the rng.
     logits = x @ params["head"]["kernel"] + params["head"]["bias"][None]
-    value = -jnp.mean(
-        jax.nn.log_softmax(logits)[
-            jnp.arange(len(x)), batch["label"]
-        ]
-    ) * params["fixed"]["kernel"][0]
+    value = (
+      -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(x)), batch["label"]])
+      * params["fixed"]["kernel"][0]
+    )
     seen = collections["batch_stats"]["seen"] + len(x)
     if explode_at is not None:
       value = jnp.where(seen > explode_at, jnp.nan, value)
@@ -65,39 +64,39 @@ def make_stages(epochs=4, explode_at=None):
   augment = transforms.Augment(flip=0.5, pad=1, contrast=(0.5, 1.5))
   common = dict(loss=loss, rules=rules, epochs=epochs, augment=augment)
   return [
-      stage_lib.Stage(
-          name="first", init=init, batches=stage_lib.PK(3, 2), **common
-      ),
-      stage_lib.Stage(
-          name="second",
-          init=keep,
-          batches=stage_lib.Shuffled(10),
-          schedule=stage_lib.step_decay((3, 4)),
-          **common,
-      ),
+    stage_lib.Stage(
+      name="first", init=init, batches=stage_lib.PK(3, 2), **common
+    ),
+    stage_lib.Stage(
+      name="second",
+      init=keep,
+      batches=stage_lib.Shuffled(10),
+      schedule=stage_lib.step_decay((3, 4)),
+      **common,
+    ),
   ]
 
 
 def make_options(**kwargs):
   defaults = dict(
-      image_size=(8, 4),
-      log_every=2,
-      checkpoint_every=3,
-      num_threads=1,
+    image_size=(8, 4),
+    log_every=2,
+    checkpoint_every=3,
+    num_threads=1,
   )
   return loop.Options(**(defaults | kwargs))
 
 
 def fit(workdir, **kwargs):
   options = make_options(
-      **{k: v for k, v in kwargs.items() if k in ("placement", "seed")}
+    **{k: v for k, v in kwargs.items() if k in ("placement", "seed")}
   )
   return loop.fit(
-      kwargs.get("stages") or make_stages(),
-      make_source(),
-      workdir=workdir,
-      options=options,
-      evaluator=kwargs.get("evaluator"),
+    kwargs.get("stages") or make_stages(),
+    make_source(),
+    workdir=workdir,
+    options=options,
+    evaluator=kwargs.get("evaluator"),
   )
 
 
@@ -134,8 +133,9 @@ def test_finished_run_trains_no_further(tmp_path):
 def test_damaged_newest_checkpoint_falls_back(tmp_path):
   whole = fit(tmp_path)
   steps = sorted(
-      int(p.name) for p in (tmp_path / "checkpoints").iterdir()
-      if p.name.isdigit()
+    int(p.name)
+    for p in (tmp_path / "checkpoints").iterdir()
+    if p.name.isdigit()
   )
   newest = tmp_path / "checkpoints" / str(steps[-1])
   for path in newest.rglob("*"):
@@ -196,11 +196,11 @@ def test_evaluator_is_called_and_its_best_checkpoint_kept(tmp_path):
     return {"mAP": next(scores)}
 
   loop.fit(
-      make_stages(),
-      make_source(),
-      workdir=tmp_path,
-      options=make_options(best_metric="mAP", checkpoint_every=2),
-      evaluator=evaluator,
+    make_stages(),
+    make_source(),
+    workdir=tmp_path,
+    options=make_options(best_metric="mAP", checkpoint_every=2),
+    evaluator=evaluator,
   )
   assert [stage for stage, _ in seen] == ["first", "second"]
   lines = [x for x in logs.read(tmp_path / "metrics.jsonl") if "mAP" in x]
@@ -226,14 +226,14 @@ print("finished", outcome.finished)
 
 def _start(workdir):
   code = _CHILD.format(
-      tests=str(pathlib.Path(__file__).parent), workdir=str(workdir)
+    tests=str(pathlib.Path(__file__).parent), workdir=str(workdir)
   )
   return subprocess.Popen(
-      [sys.executable, "-c", code],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    [sys.executable, "-c", code],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
 
 

@@ -22,15 +22,17 @@ def test_same_as_torch(decoupled):
   params = _trees(rng)
   rates = {"a/kernel": 1e-2, "a/bias": 1e-2, "b/kernel": 3e-3}
   tx = optim.make(
-      rates, weight_decay=0.1, decoupled=decoupled, bias_lr_multiplier=2.0
+    rates, weight_decay=0.1, decoupled=decoupled, bias_lr_multiplier=2.0
   )
   theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
   kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-  decay = {k: 0.0 if decoupled and v.ndim < 2 else 0.1 for k, v in params.items()}
+  decay = {
+    k: 0.0 if decoupled and v.ndim < 2 else 0.1 for k, v in params.items()
+  }
   lr = {k: v * (2 if k.endswith("bias") else 1) for k, v in rates.items()}
   groups = [
-      {"params": [p], "lr": lr[k], "weight_decay": decay[k], "name": k}
-      for k, p in theirs.items()
+    {"params": [p], "lr": lr[k], "weight_decay": decay[k], "name": k}
+    for k, p in theirs.items()
   ]
   torch_optimizer = kind(groups)
   ours = {k: jnp.asarray(v) for k, v in params.items()}

@@ -19,31 +19,6 @@ from dppp_jax.evals import counting, extractor, rerank, retrieval
 _K1, _K2, _WEIGHT = 20, 6, 0.3
 
 
-class Subset:
-  """Some images of a source, as a source.
-
-  Args:
-    source: the whole.
-    indices: int [M], which of them.
-  """
-
-  def __init__(self, source: source_lib.Source, indices: np.ndarray):
-    self._source, self._indices = source, indices
-    self.pids = source.pids[indices]
-    self.camids = source.camids[indices]
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def name(self, i: int) -> str:
-    """Returns where image i lies."""
-    return self._source.name(int(self._indices[i]))
-
-  def read(self, i: int) -> np.ndarray:
-    """Returns image i, uint8 [H, W, 3]."""
-    return self._source.read(int(self._indices[i]))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
   """What an extractor scores on a benchmark, with what the figures need.
@@ -137,7 +112,7 @@ def evaluate(
         corrupt[side],
         side,
       )
-    sides[side] = Subset(whole, kept)
+    sides[side] = source_lib.Subset(whole, kept)
   seconds = time.perf_counter() - begin
   query, gallery = sides["query"], sides["gallery"]
   labels = (query.pids, query.camids), (gallery.pids, gallery.camids)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dppp_jax import errors
 from dppp_jax.data import source as source_lib
-from dppp_jax.evals import benchmark, extractor
+from dppp_jax.evals import extractor
 
 
 def draw_pairs(
@@ -76,7 +76,7 @@ def between(
   sides, places = [], []
   for whole, column in zip((target, source), pairs.T, strict=True):
     needed, place = np.unique(column, return_inverse=True)
-    sides.append(benchmark.Subset(whole, needed))
+    sides.append(source_lib.Subset(whole, needed))
     places.append(place)
   places = np.stack(places, axis=1)
   found = {}

@@ -23,7 +23,7 @@ from absl import logging
 import numpy as np
 import PIL.Image
 
-from dppp_jax import errors, logs
+from dppp_jax import errors, interrupts, logs
 from dppp_jax.data import images
 from dppp_jax.geneperson import dataset, disk, manifest
 from dppp_jax.geneperson import store as store_lib
@@ -157,7 +157,9 @@ def run(
     made = 0
     sheet = _Sheet(store.scratch, every=sheet_every)
     with (
-      Signals() as signals,
+      interrupts.Interrupts(
+        "stopping after the people in progress"
+      ) as signals,
       futures.ThreadPoolExecutor(num_threads) as pool,
       _Progress(store.num_done, len(store.todo)) as progress,
     ):
@@ -185,39 +187,10 @@ def run(
   return Outcome(folder, True, made, 0)
 
 
-class Signals:
-  """Turns SIGTERM and Ctrl-C into a flag; a second one gets through.
-
-  Attributes:
-    number: of the first signal caught, or 0.
-  """
-
-  def __init__(self):
-    self.number = 0
-    self._old: dict[int, Any] = {}
-
-  def __enter__(self) -> "Signals":
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._catch)
-    return self
-
-  def __exit__(self, *_) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-    self._old = {}
-
-  def _catch(self, number: int, frame: Any) -> None:
-    del frame
-    self.number = number
-    self.__exit__()
-    logging.warning("stopping after the people in progress; again to abort")
-
-
 def _make(
   make_identity: MakeIdentity,
   pids: Sequence[int],
-  signals: Signals,
+  signals: interrupts.Interrupts,
   num_processes: int,
 ) -> Iterator[tuple[int, Identity]]:
   """Yields (pid, identity) in the order of the pids, until a signal."""

@@ -1,8 +1,10 @@
 """Contrastive pre-training of CLIP (Radford et al. 2021) on pictures and words.
 
-Each picture comes with two kinds of text: full captions, and short phrases
-about one or two attributes ("a person in red upper clothes"), which are what a
-zero-shot classifier asks with. The picture is encoded once for both.
+Each picture comes with two kinds of text: full captions, and short sentences
+about a garment or an attribute ("a person in a red shirt"), which are what a
+zero-shot classifier asks with. A short sentence is true of many pictures of a
+batch: all of them are its positives (Yang et al. 2022, UniCL, Eq. 3). The
+picture is encoded once for both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,6 @@ import numpy as np
 
 from dppp_jax.data import transforms
 from dppp_jax.models import clip
-from dppp_jax.train import losses
 from dppp_jax.train import stage as stage_lib
 
 _MAX_SCALE = math.log(100.0)  # CLIP clips the logit scale at 100.
@@ -32,27 +33,34 @@ def stages(
   warmup: float,
   augment: transforms.Augment,
   short_weight: float = 1.0,
+  full_share: float = 1.0,
   dtype: str = "float32",
 ) -> list[stage_lib.Stage]:
   """Returns the one stage of contrastive pre-training.
 
   Args:
     config: both towers.
-    texts: "full" int32 [N, C, L] and "short" int32 [N, C, L] token ids; the
-      loss draws one of the C texts of each picture at every step.
+    texts: per picture, see `make_loss`; the loss draws one of the C texts of
+      each kind at every step.
     batch_size: pictures a step, hence negatives + 1.
     epochs: passes.
     lr: peak rate of AdamW.
     weight_decay: of matrices.
     warmup: fraction of the steps.
     augment: what is done to the pictures.
-    short_weight: weight of the short phrases' loss against the captions'.
+    short_weight: weight of the short texts' loss against the captions'.
+    full_share: share of the batch whose captions are read.
     dtype: compute dtype.
   """
   stage = stage_lib.Stage(
     name="contrastive",
     init=make_init(config),
-    loss=make_loss(config, short_weight=short_weight, dtype=dtype),
+    loss=make_loss(
+      config,
+      short_weight=short_weight,
+      full_share=full_share,
+      dtype=dtype,
+    ),
     rules=((".*", lr),),
     batches=stage_lib.Shuffled(batch_size),
     epochs=epochs,
@@ -78,54 +86,91 @@ def make_init(config: clip.Config) -> stage_lib.Init:
 
 
 def make_loss(
-  config: clip.Config, *, short_weight: float, dtype: str
+  config: clip.Config, *, short_weight: float, full_share: float, dtype: Any
 ) -> Callable[..., tuple[jax.Array, stage_lib.Aux]]:
-  """Returns the symmetric InfoNCE loss over captions and short phrases."""
+  """Returns the symmetric contrastive loss over captions and sentences.
+
+  The batch holds "full" int [B, C, L], "short" int [B, C, L], "mentions" bool
+  [B, C, A], which attributes a short text names, and "attributes" int [B, A],
+  the values of the person.
+  """
   vision = clip.VisionTower(config.vision, dtype=dtype)
   text = clip.TextTower(config.text, dtype=dtype)
+  read = lambda params, ids: text.apply({"params": params}, ids).projected
 
   def loss(params, collections, batch, rng):
     images = vision.apply({"params": params}, batch["image"]).projected
     scale = jnp.exp(jnp.minimum(params["logit_scale"], _MAX_SCALE))
-    total, metrics = 0.0, {}
-    for kind, weight in (("full", 1.0), ("short", short_weight)):
-      texts = batch[kind]
-      rng, key = jax.random.split(rng)
-      choice = jax.random.randint(key, (len(texts),), 0, texts.shape[1])
-      ids = texts[jnp.arange(len(texts)), choice]
-      words = text.apply({"params": params}, ids).projected
-      value, accuracy = info_nce(images, words, scale)
-      total += weight * value
-      metrics[f"loss_{kind}"] = value
-      metrics[f"accuracy_{kind}"] = accuracy
-    metrics["logit_scale"] = scale
-    return total, stage_lib.Aux(metrics, collections)
+    keys = jax.random.split(rng)
+    # Captions are soon told apart: a part of the batch is enough for them.
+    part = int(full_share * len(images))
+    ids = _choose(batch["full"][:part], keys[0])
+    full, accuracy_full = contrast(
+      images[:part], read(params, ids), scale, jnp.eye(part, dtype=bool)
+    )
+    ids, mentions = (
+      _choose(batch[key], keys[1]) for key in ("short", "mentions")
+    )
+    short, accuracy_short = contrast(
+      images, read(params, ids), scale, is_true(batch["attributes"], mentions)
+    )
+    metrics = {
+      "loss_full": full,
+      "loss_short": short,
+      "accuracy_full": accuracy_full,
+      "accuracy_short": accuracy_short,
+      "logit_scale": scale,
+    }
+    return full + short_weight * short, stage_lib.Aux(metrics, collections)
 
   return loss
 
 
-def info_nce(
-  images: jax.Array, texts: jax.Array, scale: jax.Array
+def is_true(attributes: jax.Array, mentions: jax.Array) -> jax.Array:
+  """Returns bool [B, B]: whether text j, written for person j, fits person i.
+
+  Args:
+    attributes: int [B, A], the value of each attribute.
+    mentions: bool [B, A], what text j names.
+  """
+  same = attributes[:, None] == attributes[None]
+  return jnp.all(same | ~mentions[None], axis=-1)
+
+
+def contrast(
+  images: jax.Array, texts: jax.Array, scale: jax.Array, matches: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """CLIP's loss: the mean of image-to-text and text-to-image cross-entropy.
+  """CLIP's loss with any number of positives.
+
+  The mean of image-to-text and text-to-image cross-entropy against the uniform
+  distribution over the positives; with one positive each it is InfoNCE.
 
   Args:
     images: [B, E], any length.
-    texts: [B, E], row i belongs to image i.
+    texts: [B, E], likewise.
     scale: factor of the cosines.
+    matches: bool [B, B], whether text j is true of image i; at least one in
+      every row and column.
 
   Returns:
-    (loss, share of images whose text is the nearest).
+    (loss, share of images whose nearest text is true of them).
   """
   unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-  logits = scale * unit(images) @ unit(texts).T
-  labels = jnp.arange(len(images))
-  both = [
-    losses.cross_entropy(x, labels, label_smoothing=0.0)
-    for x in (logits, logits.T)
-  ]
-  accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
-  return (both[0] + both[1]) / 2, accuracy
+  logits = scale * (unit(images) @ unit(texts).T).astype(jnp.float32)
+  both = []
+  for scores, positive in ((logits, matches), (logits.T, matches.T)):
+    log_p = jax.nn.log_softmax(scores, axis=1)
+    mean = jnp.sum(log_p, axis=1, where=positive) / jnp.sum(positive, axis=1)
+    both.append(-jnp.mean(mean))
+  nearest = jnp.argmax(logits, axis=1)
+  hits = jnp.take_along_axis(matches, nearest[:, None], axis=1)
+  return (both[0] + both[1]) / 2, jnp.mean(hits)
+
+
+def _choose(texts: jax.Array, rng: jax.Array) -> jax.Array:
+  """Returns one of the C rows of each [B, C, L], drawn with one key."""
+  choice = jax.random.randint(rng, (len(texts),), 0, texts.shape[1])
+  return texts[jnp.arange(len(texts)), choice]
 
 
 def tokenize(

@@ -11,19 +11,22 @@ import pathlib
 import numpy as np
 
 from dppp_jax import logs
+from dppp_jax.geneperson import poses
 from dppp_jax.paperdoll import cameras, wardrobe, world
 
 _CHUNK = 250  # Pictures that one task draws.
 _TEXTS = 0x7E87  # Stream of the short texts.
 _STREET_PIDS = 2_000_000  # Above everybody of the benchmarks.
-# One attribute in so many short texts stands alone, as a zero-shot classifier
-# asks for it; the clothes most often.
+# What a short text speaks of, most often the clothes.
 _ALONE = (
   ("upper_color", "lower_color") * 3
-  + ("upper_pattern", "lower_pattern") * 2
-  + ("footwear_color", "hair_color", "upper_type", "lower_type") * 2
-  + ("gender", "body", "skin", "hair_length", "hair_style", "hat", "bag")
+  + ("upper_pattern", "lower_pattern") * 3
+  + ("upper_type", "lower_type", "footwear_color", "footwear_type") * 2
+  + ("hair_color", "skin", "hat", "bag") * 2
+  + ("gender", "body", "hair_length", "hair_style", "hat_color", "bag_color")
 )
+_GARMENTS = ("upper", "lower", "footwear")
+_DETAILS = ("color", "pattern", "type")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +36,15 @@ class Corpus:
   Attributes:
     images: uint8 [N, H, W, 3].
     full: N lists of full captions.
-    short: N lists of short sentences, which name some attributes or one.
+    short: N lists of short sentences about one attribute or one garment.
+    mentions: N lists, for each short text the attributes that it names.
     attributes: N dicts, attribute -> word.
   """
 
   images: np.ndarray
   full: list[list[str]]
   short: list[list[str]]
+  mentions: list[list[list[str]]]
   attributes: list[Mapping[str, str]]
 
   def words(self) -> list[str]:
@@ -72,7 +77,7 @@ def draw(
   Returns:
     The corpus.
   """
-  key = json.dumps([num, seed, size, domain, num_short])
+  key = json.dumps([num, seed, size, domain, num_short, _renderer()])
   name = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = None if cache is None else pathlib.Path(cache) / f"corpus-{name}.npz"
   if path is not None and path.exists():
@@ -94,7 +99,7 @@ def draw(
       parts.append(part)
       bar.update(len(part[0]))
   images = np.concatenate([part[0] for part in parts])
-  texts = [[x for part in parts for x in part[i]] for i in (1, 2, 3)]
+  texts = [[x for part in parts for x in part[i]] for i in (1, 2, 3, 4)]
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp.npz")
@@ -104,24 +109,34 @@ def draw(
   return Corpus(images, *texts)
 
 
+def _renderer() -> str:
+  """Returns a digest of the code that draws, so that no cache outlives it."""
+  files = [*pathlib.Path(__file__).parent.glob("*.py"), poses.__file__]
+  digest = hashlib.sha256()
+  for path in sorted(map(str, files)):
+    digest.update(pathlib.Path(path).read_bytes())
+  return digest.hexdigest()
+
+
 def _draw(task):
   start, end, seed, size, domain, num_short = task
-  images, full, short, attributes = [], [], [], []
+  images, full, short, mentions, attributes = [], [], [], [], []
   for pid in range(start, end):
     if domain == "street":
-      image, words, texts = _on_the_street(pid, seed, size)
+      image, words = _on_the_street(pid, seed, size)
     else:
       sample = world.studio(
         pid, pid % 64, seed=seed, size=size, domain=domain, sentences=0.0
       )
       image, words = sample.image, sample.attributes
-      rng = np.random.default_rng((seed, pid, _TEXTS))
-      texts = [_short(sample, rng) for _ in range(num_short)]
       full.append([sample.caption])
+    rng = np.random.default_rng((seed, pid, _TEXTS))
+    pairs = [_short(words, rng) for _ in range(num_short)]
     images.append(image)
-    short.append(texts)
+    short.append([text for text, _ in pairs])
+    mentions.append([named for _, named in pairs])
     attributes.append(dict(words))
-  return np.stack(images), full, short, attributes
+  return np.stack(images), full, short, mentions, attributes
 
 
 def _on_the_street(pid, seed, size):
@@ -132,18 +147,28 @@ def _on_the_street(pid, seed, size):
     pid, camera, 0, benchmark="market1501", seed=seed, size=size
   )
   who = world.person(pid, seed=seed, domain="market1501", palette="street")
-  return image, who.attributes, []
+  return image, who.attributes
 
 
-def _short(sample: world.Sample, rng: np.random.Generator) -> str:
-  """Returns a sentence that names some attributes, or one alone."""
-  if rng.random() < 0.5:
-    return wardrobe.sentence(
-      sample.attributes, rng, view=sample.view, lighting=sample.lighting
-    )
+def _short(
+  attributes: Mapping[str, str], rng: np.random.Generator
+) -> tuple[str, list[str]]:
+  """Returns a sentence on one garment or one attribute, and what it names."""
+  if rng.random() < 0.3:
+    part = _GARMENTS[rng.integers(3)]
+    keys = ["color", "type"] if part == "footwear" else list(_DETAILS)
+    named = [f"{part}_{key}" for key in keys]
+    *adjectives, kind = (attributes[key] for key in named)
+    return wardrobe.worn(part, adjectives, kind), named
   attribute = _ALONE[rng.integers(len(_ALONE))]
-  value = sample.attributes[attribute]
+  value = attributes[attribute]
   part, _, what = attribute.partition("_")
-  if part in ("upper", "lower", "footwear") and what != "type":
-    return wardrobe.worn(part, [value], sample.attributes[f"{part}_type"])
-  return wardrobe.phrases(attribute, value)[0]
+  kind = attributes.get(f"{part}_type")
+  if part in _GARMENTS and what != "type":
+    return wardrobe.worn(part, [value], kind), [attribute, f"{part}_type"]
+  texts = wardrobe.phrases(attribute, value)
+  if part in ("hat", "bag") and what and value != "none":
+    thing = attributes[part]
+    text = next(text for text in texts if text.endswith(thing))
+    return text, [attribute, part]
+  return texts[0], [attribute]

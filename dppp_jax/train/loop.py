@@ -6,12 +6,9 @@ a run that was killed and started again ends with the same bits as one that
 was not.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import pathlib
-import signal
-import threading
 import time
 from typing import Any
 
@@ -22,14 +19,15 @@ import numpy as np
 
 from dppp_jax import checkpoints
 from dppp_jax import errors
+from dppp_jax import interrupts
 from dppp_jax import logs
 from dppp_jax import rngs
 from dppp_jax import trees
 from dppp_jax import types
-from dppp_jax.data import loader
 from dppp_jax.data import sampler
 from dppp_jax.data import source as source_lib
 from dppp_jax.data import transforms
+from dppp_jax.train import feed as feed_lib
 from dppp_jax.train import optim
 from dppp_jax.train import stage as stage_lib
 
@@ -90,12 +88,12 @@ class Outcome:
 
 
 def fit(
-    stages: Sequence[stage_lib.Stage],
-    source: source_lib.Source,
-    *,
-    workdir: str | pathlib.Path,
-    options: Options,
-    evaluator: Evaluator | None = None,
+  stages: Sequence[stage_lib.Stage],
+  source: source_lib.Source,
+  *,
+  workdir: str | pathlib.Path,
+  options: Options,
+  evaluator: Evaluator | None = None,
 ) -> Outcome:
   """Trains the stages one after the other, from where the run folder stands.
 
@@ -114,30 +112,34 @@ def fit(
       finite (with the step, the pids of its batch and the last metrics).
   """
   manager = checkpoints.Manager(workdir, best_metric=options.best_metric)
-  feed = _Feed(source, options)
+  feed = feed_lib.Feed(
+    source,
+    image_size=options.image_size,
+    interpolation=options.interpolation,
+    placement=options.placement,
+    on_corrupt=options.on_corrupt,
+    num_threads=options.num_threads,
+  )
   plans = [_plan(stage, source, options) for stage in stages]
   offsets = np.cumsum([0] + [len(plan.indices) for plan in plans])
   restored = manager.restore(
-      lambda params, data: _abstract_opt(stages[data["stage"]], params)
+    lambda params, data: _abstract_opt(stages, params, data, workdir)
   )
   params, collections, opt, start = {}, {}, None, (0, 0)
   if restored is not None:
     params, collections = restored.params, restored.collections
     opt = restored.opt
     start = (restored.data["stage"], restored.data["step"])
-    if start[0] >= len(stages) or restored.step > offsets[-1]:
-      raise errors.UserError(
-          f"{workdir}: its checkpoint lies beyond this configuration's last"
-          " step; choose another --workdir"
-      )
+    if restored.step > offsets[-1]:
+      raise _beyond(workdir)
     logging.info("resuming at step %d", restored.step)
   writer = logs.Writer(
-      workdir,
-      tensorboard=options.tensorboard,
-      resume_step=restored.step if restored else 0,
+    workdir,
+    tensorboard=options.tensorboard,
+    resume_step=restored.step if restored else 0,
   )
   root = jax.random.key(options.seed)
-  with _Signals() as signals:
+  with interrupts.Interrupts("saving, then stopping") as signals:
     try:
       for number in range(start[0], len(stages)):
         stage = stages[number]
@@ -148,16 +150,16 @@ def fit(
           opt = None
         run = _StageRun(stage, number, int(offsets[number]), plans[number])
         params, collections, opt, done = run.train(
-            params,
-            collections,
-            opt,
-            begin=begin,
-            feed=feed,
-            options=options,
-            manager=manager,
-            writer=writer,
-            evaluator=evaluator,
-            signals=signals,
+          params,
+          collections,
+          opt,
+          begin=begin,
+          feed=feed,
+          options=options,
+          manager=manager,
+          writer=writer,
+          evaluator=evaluator,
+          signals=signals,
         )
         if not done:
           manager.wait()
@@ -171,9 +173,9 @@ def fit(
 
 
 def make_step(
-    stage: stage_lib.Stage,
-    rates: Mapping[str, float],
-    options: Options,
+  stage: stage_lib.Stage,
+  rates: Mapping[str, float],
+  options: Options,
 ) -> tuple[Callable[..., Any], list[str]]:
   """Builds the pure step of a stage.
 
@@ -204,21 +206,21 @@ def make_step(
     pictures = batch["image"]
     if stage.augment is None:
       batch["image"] = transforms.normalize(
-          pictures, mean=options.mean, std=options.std
+        pictures, mean=options.mean, std=options.std
       )
     else:
       batch["image"] = transforms.augment(
-          pictures, rngs.stream(key, "augment"), stage.augment
+        pictures, rngs.stream(key, "augment"), stage.augment
       )
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, aux), grads = grad_fn(
-        trainable, frozen, collections, batch, rngs.stream(key, "loss")
+      trainable, frozen, collections, batch, rngs.stream(key, "loss")
     )
     updates, opt = tx.update(grads, opt, trainable)
     metrics = {
-        "loss": loss,
-        **aux.metrics,
-        "grad_norm": optim.norm(grads),
+      "loss": loss,
+      **aux.metrics,
+      "grad_norm": optim.norm(grads),
     }
     names[:] = metrics
     values = jnp.stack([jnp.asarray(x, jnp.float32) for x in metrics.values()])
@@ -232,11 +234,11 @@ class _StageRun:
   """The steps of one stage, with what has to be remembered between them."""
 
   def __init__(
-      self,
-      stage: stage_lib.Stage,
-      number: int,
-      offset: int,
-      plan: sampler.Plan,
+    self,
+    stage: stage_lib.Stage,
+    number: int,
+    offset: int,
+    plan: sampler.Plan,
   ):
     self.stage = stage
     self.number = number
@@ -246,18 +248,18 @@ class _StageRun:
     self.last: dict[str, float] = {}
 
   def train(
-      self,
-      params,
-      collections,
-      opt,
-      *,
-      begin: int,
-      feed: "_Feed",
-      options: Options,
-      manager: checkpoints.Manager,
-      writer: logs.Writer,
-      evaluator: Evaluator | None,
-      signals: "_Signals",
+    self,
+    params,
+    collections,
+    opt,
+    *,
+    begin: int,
+    feed: feed_lib.Feed,
+    options: Options,
+    manager: checkpoints.Manager,
+    writer: logs.Writer,
+    evaluator: Evaluator | None,
+    signals: interrupts.Interrupts,
   ):
     """Runs from step `begin` to the stage's end or to a signal."""
     stage, plan = self.stage, self.plan
@@ -268,11 +270,13 @@ class _StageRun:
       opt = _make_tx(stage, rates).init(trainable)
     state = jax.device_put((trainable, collections, opt))
     frozen = jax.device_put(frozen)
-    dataset = jax.device_put({
+    dataset = jax.device_put(
+      {
         "label": feed.labels,
         **feed.resident,
         **{k: np.asarray(x) for k, x in stage.extras.items()},
-    })
+      }
+    )
     if begin >= total:
       return self._join(state, frozen), state[1], state[2], True
     batches = feed.batches(plan, begin)
@@ -280,14 +284,14 @@ class _StageRun:
     first = next(batches)
     factor = jnp.float32(0)
     compiled = (
-        jax.jit(step_fn, donate_argnums=0)
-        .lower(state, frozen, dataset, first, np.int32(0), factor)
-        .compile()
+      jax.jit(step_fn, donate_argnums=0)
+      .lower(state, frozen, dataset, first, np.int32(0), factor)
+      .compile()
     )
     pending: list[tuple[int, jax.Array]] = []
     clock = time.monotonic()
     bar = logs.progress(
-        total=total, desc=stage.name, unit="step", initial=begin
+      total=total, desc=stage.name, unit="step", initial=begin
     )
     batch = first
     with bar:
@@ -295,30 +299,32 @@ class _StageRun:
         epoch = int(plan.epochs[step])
         factor = np.float32(stage.schedule(epoch, step / total))
         state, values = compiled(
-            state, frozen, dataset, batch, np.int32(step), factor
+          state, frozen, dataset, batch, np.int32(step), factor
         )
         pending.append((step, values))
         self.step = step + 1
         bar.update()
         is_last = self.step == total
-        stopping = signals.caught
+        stopping = bool(signals.number)
         saving = (
-            stopping or is_last or self.step % options.checkpoint_every == 0
+          stopping or is_last or self.step % options.checkpoint_every == 0
         )
         ends_epoch = is_last or plan.epochs[self.step] != epoch
         evaluating = evaluator is not None and (
-            is_last
-            or ends_epoch
-            and options.eval_every > 0
-            and epoch % options.eval_every == 0
+          is_last
+          or ends_epoch
+          and options.eval_every > 0
+          and epoch % options.eval_every == 0
         )
         if (
-            self.step % options.log_every == 0
-            or saving
-            or evaluating
-            or self.step == 1
+          self.step % options.log_every == 0
+          or saving
+          or evaluating
+          or self.step == 1
         ):
-          self._log(pending, names, feed.pids, writer, epoch, factor, clock, bar)
+          self._log(
+            pending, names, feed.pids, writer, epoch, factor, clock, bar
+          )
           pending, clock = [], time.monotonic()
         results = None
         if evaluating:
@@ -328,12 +334,12 @@ class _StageRun:
           clock = time.monotonic()
         if saving or evaluating:
           manager.save(
-              self.offset + self.step,
-              params=self._join(state, frozen),
-              collections=state[1],
-              opt=state[2],
-              data={"stage": self.number, "step": self.step},
-              metrics=results,
+            self.offset + self.step,
+            params=self._join(state, frozen),
+            collections=state[1],
+            opt=state[2],
+            data={"stage": self.number, "step": self.step},
+            metrics=results,
           )
         if stopping and not is_last:
           return self._join(state, frozen), state[1], state[2], False
@@ -353,154 +359,99 @@ class _StageRun:
       row = dict(zip(names, values[bad[0]].tolist(), strict=True))
       batch_pids = sorted({int(pids[i]) for i in self.plan.indices[step]})
       raise errors.UserError(
-          f"{self.stage.name}: the loss is not finite at step"
-          f" {self.offset + step}: {row}; pids of the batch: {batch_pids};"
-          f" last good metrics: {self.last or 'none'}; lower the learning"
-          " rate or look at those pictures"
+        f"{self.stage.name}: the loss is not finite at step"
+        f" {self.offset + step}: {row}; pids of the batch: {batch_pids};"
+        f" last good metrics: {self.last or 'none'}; lower the learning"
+        " rate or look at those pictures"
       )
     mean = dict(zip(names, values.mean(axis=0).tolist(), strict=True))
     size = self.plan.indices.shape[1]
     seconds = max(time.monotonic() - clock, 1e-9)
     self.last = mean
     line = {
-        **mean,
-        "epoch": epoch,
-        "lr_factor": float(factor),
-        **{
-            f"lr/{rate:g}": rate * float(factor)
-            for rate in sorted({r for _, r in self.stage.rules if r})
-        },
-        "images_per_second": len(pending) * size / seconds,
+      **mean,
+      "epoch": epoch,
+      "lr_factor": float(factor),
+      **{
+        f"lr/{rate:g}": rate * float(factor)
+        for rate in sorted({r for _, r in self.stage.rules if r})
+      },
+      "images_per_second": len(pending) * size / seconds,
     }
     writer.write(self.offset + self.step, self.stage.name, line)
     bar.set_postfix_str(
-        f"loss {mean['loss']:.3f}, {line['images_per_second']:.0f} images/s"
+      f"loss {mean['loss']:.3f}, {line['images_per_second']:.0f} images/s"
     )
     logging.info(
-        "%s step %d/%d loss %.4f, %.0f images/s",
-        self.stage.name,
-        self.step,
-        len(self.plan.indices),
-        mean["loss"],
-        line["images_per_second"],
+      "%s step %d/%d loss %.4f, %.0f images/s",
+      self.stage.name,
+      self.step,
+      len(self.plan.indices),
+      mean["loss"],
+      line["images_per_second"],
     )
-
-
-class _Feed:
-  """Batches from a source, in either placement."""
-
-  def __init__(self, source: source_lib.Source, options: Options):
-    if options.placement not in ("device", "host"):
-      raise errors.UserError(
-          f"placement {options.placement!r}: choose 'device' or 'host'"
-      )
-    self._source = source
-    self._options = options
-    self.pids = np.asarray(source.pids)
-    self.labels = np.unique(self.pids, return_inverse=True)[1].astype(np.int32)
-    self.resident: dict[str, np.ndarray] = {}
-    if options.placement == "device":
-      self.resident["image"] = self._load()
-
-  def _load(self) -> np.ndarray:
-    """Reads all pictures; one that is skipped gives its place to a twin."""
-    pictures, kept = loader.load_images(
-        self._source,
-        size=self._options.image_size,
-        interpolation=self._options.interpolation,
-        on_corrupt=self._options.on_corrupt,
-        num_threads=self._options.num_threads,
-    )
-    if len(kept) == len(self._source):
-      return pictures
-    # The plan speaks of places in the source: a lost picture is replaced by
-    # another one of the same person, so that no batch changes its shape.
-    place = np.full(len(self._source), -1)
-    place[kept] = np.arange(len(kept))
-    for lost in np.flatnonzero(place < 0):
-      twins = kept[self.pids[kept] == self.pids[lost]]
-      if not len(twins):
-        raise errors.UserError(
-            f"{self._source.name(lost)}: no sound picture of pid"
-            f" {self.pids[lost]} is left; remove the identity or mend the file"
-        )
-      place[lost] = place[twins[lost % len(twins)]]
-    return pictures[place]
-
-  def batches(
-      self, plan: sampler.Plan, start: int
-  ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of the plan from step `start` on, on the device."""
-    if self._options.placement == "device":
-      for indices in plan.indices[start:]:
-        yield {"index": jnp.asarray(indices)}
-      return
-    batches = loader.host_batches(
-        self._source,
-        plan,
-        size=self._options.image_size,
-        interpolation=self._options.interpolation,
-        start_step=start,
-        num_threads=self._options.num_threads,
-        on_corrupt=self._options.on_corrupt,
-    )
-    yield from loader.device_prefetch(batches)
-
-
-class _Signals:
-  """Turns SIGTERM and the first Ctrl-C into a flag that the loop reads."""
-
-  def __init__(self):
-    self.caught = False
-    self._old: dict[int, Any] = {}
-
-  def __enter__(self) -> "_Signals":
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._catch)
-    return self
-
-  def __exit__(self, *_) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _catch(self, number, frame) -> None:
-    del frame
-    if self.caught and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.caught = True
 
 
 def _plan(
-    stage: stage_lib.Stage, source: source_lib.Source, options: Options
+  stage: stage_lib.Stage, source: source_lib.Source, options: Options
 ) -> sampler.Plan:
   seed = options.seed
   if isinstance(stage.batches, stage_lib.PK):
     return sampler.pk(
-        source.pids,
-        P=stage.batches.P,
-        K=stage.batches.K,
-        epochs=stage.epochs,
-        seed=seed,
-    )
-  return sampler.shuffled(
-      len(source),
-      batch_size=stage.batches.batch_size,
+      source.pids,
+      P=stage.batches.P,
+      K=stage.batches.K,
       epochs=stage.epochs,
       seed=seed,
+    )
+  return sampler.shuffled(
+    len(source),
+    batch_size=stage.batches.batch_size,
+    epochs=stage.epochs,
+    seed=seed,
   )
 
 
 def _make_tx(stage: stage_lib.Stage, rates: Mapping[str, float]):
   return optim.make(
-      rates,
-      weight_decay=stage.weight_decay,
-      decoupled=stage.decoupled,
-      bias_lr_multiplier=stage.bias_lr_multiplier,
-      clip_norm=stage.clip_norm,
+    rates,
+    weight_decay=stage.weight_decay,
+    decoupled=stage.decoupled,
+    bias_lr_multiplier=stage.bias_lr_multiplier,
+    clip_norm=stage.clip_norm,
   )
 
 
-def _abstract_opt(stage: stage_lib.Stage, params: types.Params) -> Any:
+def _abstract_opt(
+  stages: Sequence[stage_lib.Stage],
+  params: types.Params,
+  data: Mapping[str, int],
+  workdir: str | pathlib.Path,
+) -> Any:
+  """Returns the optimiser state that belongs to a checkpoint's parameters.
+
+  Raises:
+    errors.UserError: they are not the parameters of these stages. That is no
+      damage, and no older checkpoint would mend it.
+  """
+  if data["stage"] >= len(stages):
+    raise _beyond(workdir)
+
+  def begin(rng):
+    expected, collections = {}, {}
+    for stage in stages[: data["stage"] + 1]:
+      expected, collections = stage.init(expected, collections, rng)
+    return expected
+
+  expected = jax.eval_shape(begin, jax.random.key(0))
+  trees.merge(expected, params, where=f"{workdir}/checkpoints")
+  stage = stages[data["stage"]]
   trainable, _, rates = optim.split(params, stage.rules)
   return jax.eval_shape(_make_tx(stage, rates).init, trainable)
+
+
+def _beyond(workdir: str | pathlib.Path) -> errors.UserError:
+  return errors.UserError(
+    f"{workdir}: its checkpoint lies beyond this configuration's last step;"
+    " choose another --workdir"
+  )

@@ -11,7 +11,7 @@ from dppp_jax import types
 
 
 def split(
-    params: types.Params, rules: Sequence[tuple[str, float | None]]
+  params: types.Params, rules: Sequence[tuple[str, float | None]]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, float]]:
   """Sorts parameters into trainable and frozen ones.
 
@@ -30,12 +30,12 @@ def split(
 
 
 def make(
-    rates: Mapping[str, float],
-    *,
-    weight_decay: float,
-    decoupled: bool = False,
-    bias_lr_multiplier: float = 1.0,
-    clip_norm: float | None = None,
+  rates: Mapping[str, float],
+  *,
+  weight_decay: float,
+  decoupled: bool = False,
+  bias_lr_multiplier: float = 1.0,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """Returns Adam with one learning rate per name, before the schedule.
 
@@ -57,13 +57,13 @@ def make(
   """
   is_bias = lambda name: name.rsplit("/", 1)[-1].endswith("bias")
   scale = {
-      name: -lr * (bias_lr_multiplier if is_bias(name) else 1.0)
-      for name, lr in rates.items()
+    name: -lr * (bias_lr_multiplier if is_bias(name) else 1.0)
+    for name, lr in rates.items()
   }
   clip = (
-      optax.identity()
-      if clip_norm is None
-      else optax.clip_by_global_norm(clip_norm)
+    optax.identity()
+    if clip_norm is None
+    else optax.clip_by_global_norm(clip_norm)
   )
   adam = optax.scale_by_adam(eps=1e-8)
   if decoupled:
@@ -73,20 +73,20 @@ def make(
   else:
     chain = (clip, optax.add_decayed_weights(weight_decay), adam)
   rate = optax.stateless(
-      lambda updates, _: {k: scale[k] * u for k, u in updates.items()}
+    lambda updates, _: {k: scale[k] * u for k, u in updates.items()}
   )
   return optax.chain(*chain, rate)
 
 
 def apply(
-    params: Mapping[str, jax.Array],
-    updates: Mapping[str, jax.Array],
-    factor: jax.Array,
+  params: Mapping[str, jax.Array],
+  updates: Mapping[str, jax.Array],
+  factor: jax.Array,
 ) -> dict[str, jax.Array]:
   """Returns params + factor * updates, in the dtype of the parameters."""
   return {
-      name: (x + factor * updates[name]).astype(x.dtype)
-      for name, x in params.items()
+    name: (x + factor * updates[name]).astype(x.dtype)
+    for name, x in params.items()
   }
 
 

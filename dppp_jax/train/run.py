@@ -17,10 +17,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def prepare(
-    workdir: str | pathlib.Path,
-    config: Mapping[str, Any],
-    *,
-    free: tuple[str, ...] = (),
+  workdir: str | pathlib.Path,
+  config: Mapping[str, Any],
+  *,
+  free: tuple[str, ...] = (),
 ) -> pathlib.Path:
   """Makes a run folder, or checks that an existing one is this run's.
 
@@ -44,12 +44,12 @@ def prepare(
     differs = [key for key in _differences(held, config) if not _in(key, free)]
     if differs:
       raise errors.UserError(
-          f"{path}: holds another configuration (differs in"
-          f" {', '.join(differs[:5])}); choose another --workdir"
+        f"{path}: holds another configuration (differs in"
+        f" {', '.join(differs[:5])}); choose another --workdir"
       )
   elif workdir.exists() and any(workdir.iterdir()):
     raise errors.UserError(
-        f"{workdir}: not empty and not a run folder; choose another --workdir"
+      f"{workdir}: not empty and not a run folder; choose another --workdir"
     )
   workdir.mkdir(parents=True, exist_ok=True)
   write_json(path, config)
@@ -60,14 +60,12 @@ def prepare(
 def environment() -> dict[str, Any]:
   """Returns versions and devices, as they are written beside every run."""
   return {
-      "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-      "command": sys.argv,
-      "python": platform.python_version(),
-      "platform": platform.platform(),
-      "devices": [device.device_kind for device in jax.devices()],
-      "packages": {
-          name: importlib.metadata.version(name) for name in _PACKAGES
-      },
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": sys.argv,
+    "python": platform.python_version(),
+    "platform": platform.platform(),
+    "devices": [device.device_kind for device in jax.devices()],
+    "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
   }
 
 

@@ -45,15 +45,15 @@ Schedule = Callable[[int, float], float]
 
 # (params, collections, batch, rng) -> (loss, Aux).
 Loss = Callable[
-    [types.Params, types.Collections, Mapping[str, jax.Array], jax.Array],
-    tuple[jax.Array, Aux],
+  [types.Params, types.Collections, Mapping[str, jax.Array], jax.Array],
+  tuple[jax.Array, Aux],
 ]
 
 # (params, collections, rng) -> (params, collections). The first stage of a
 # method receives empty dicts, later stages what the stage before ended with.
 Init = Callable[
-    [types.Params, types.Collections, jax.Array],
-    tuple[types.Params, types.Collections],
+  [types.Params, types.Collections, jax.Array],
+  tuple[types.Params, types.Collections],
 ]
 
 
@@ -64,11 +64,11 @@ def constant(epoch: int, fraction: float) -> float:
 
 
 def step_decay(
-    milestones: tuple[int, ...],
-    *,
-    gamma: float = 0.1,
-    warmup_epochs: int = 0,
-    warmup_factor: float = 0.1,
+  milestones: tuple[int, ...],
+  *,
+  gamma: float = 0.1,
+  warmup_epochs: int = 0,
+  warmup_factor: float = 0.1,
 ) -> Schedule:
   """CLIP-ReID's WarmupMultiStepLR: epochs count from 1, milestones included.
 
