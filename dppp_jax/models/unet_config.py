@@ -373,11 +373,6 @@ def read(cls: type[_T], values: Mapping[str, Any], class_name: str) -> _T:
   return cls(**taken)
 
 
-def to_hf(config: Any, class_name: str) -> dict[str, Any]:
-  """Returns the dict of a `config.json` from which `read` gives config."""
-  return {"_class_name": class_name, **dataclasses.asdict(config)}
-
-
 def _is_unset(value: Any) -> bool:
   """Tells values that stand for a branch not taken."""
   return value is None or value is False or value in ("default", "positional")
