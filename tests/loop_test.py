@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dppp_jax import checkpoints
-from dppp_jax import errors
-from dppp_jax import logs
-from dppp_jax import trees
+from dppp_jax import checkpoints, errors, logs, trees
 from dppp_jax.data import source as source_lib
 from dppp_jax.data import transforms
 from dppp_jax.train import loop
 from dppp_jax.train import stage as stage_lib
+from dppp_jax.train import step as step_lib
 
 _NUM_IDS, _PER_ID = 6, 5
 
@@ -159,10 +157,10 @@ def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
 
 def test_step_is_traced_and_compiled_once_a_stage(tmp_path, monkeypatch):
   traces = []
-  original = loop.make_step
+  original = step_lib.make_step
 
-  def counting(*args):
-    step_fn, names = original(*args)
+  def counting(*args, **kwargs):
+    step_fn, names = original(*args, **kwargs)
 
     def traced(*xs):
       traces.append(1)
@@ -170,7 +168,7 @@ def test_step_is_traced_and_compiled_once_a_stage(tmp_path, monkeypatch):
 
     return traced, names
 
-  monkeypatch.setattr(loop, "make_step", counting)
+  monkeypatch.setattr(step_lib, "make_step", counting)
   fit(tmp_path, stages=make_stages(epochs=6))
   assert len(traces) == 2  # Two stages, whatever their steps and epochs.
 

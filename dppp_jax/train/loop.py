@@ -17,19 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import checkpoints
-from dppp_jax import errors
-from dppp_jax import interrupts
-from dppp_jax import logs
-from dppp_jax import rngs
-from dppp_jax import trees
-from dppp_jax import types
+from dppp_jax import checkpoints, errors, interrupts, logs, rngs, trees, types
 from dppp_jax.data import sampler
 from dppp_jax.data import source as source_lib
-from dppp_jax.data import transforms
 from dppp_jax.train import feed as feed_lib
 from dppp_jax.train import optim
 from dppp_jax.train import stage as stage_lib
+from dppp_jax.train import step as step_lib
 
 # (stage name, params) -> metrics such as {"market1501/mAP": .3}.
 Evaluator = Callable[[str, types.Params], Mapping[str, float]]
@@ -172,64 +166,6 @@ def fit(
   return Outcome(True, int(offsets[-1]), params)
 
 
-def make_step(
-  stage: stage_lib.Stage,
-  rates: Mapping[str, float],
-  options: Options,
-) -> tuple[Callable[..., Any], list[str]]:
-  """Builds the pure step of a stage.
-
-  Args:
-    stage: what is trained.
-    rates: {name: lr} of the trainable parameters.
-    options: for the normalisation of stages without augmentation.
-
-  Returns:
-    A function (state, frozen, dataset, feed, step, factor) -> (state, metrics
-    [M] float32), and a list that its tracing fills with the M names. `state`
-    is (trainable {name: leaf}, collections, opt) and may be donated; `dataset`
-    holds per-example arrays that are gathered by feed["index"].
-  """
-  tx = _make_tx(stage, rates)
-  names: list[str] = []
-
-  def loss_fn(trainable, frozen, collections, batch, key):
-    params = trees.unflatten({**trainable, **frozen})
-    loss, aux = stage.loss(params, collections, batch, key)
-    return loss.astype(jnp.float32), aux
-
-  def step_fn(state, frozen, dataset, feed, step, factor):
-    trainable, collections, opt = state
-    root = jax.random.key(options.seed)
-    key = rngs.at_step(rngs.stream(root, stage.name), step)
-    batch = {k: x[feed["index"]] for k, x in dataset.items()} | dict(feed)
-    pictures = batch["image"]
-    if stage.augment is None:
-      batch["image"] = transforms.normalize(
-        pictures, mean=options.mean, std=options.std
-      )
-    else:
-      batch["image"] = transforms.augment(
-        pictures, rngs.stream(key, "augment"), stage.augment
-      )
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, aux), grads = grad_fn(
-      trainable, frozen, collections, batch, rngs.stream(key, "loss")
-    )
-    updates, opt = tx.update(grads, opt, trainable)
-    metrics = {
-      "loss": loss,
-      **aux.metrics,
-      "grad_norm": optim.norm(grads),
-    }
-    names[:] = metrics
-    values = jnp.stack([jnp.asarray(x, jnp.float32) for x in metrics.values()])
-    state = (optim.apply(trainable, updates, factor), aux.collections, opt)
-    return state, values
-
-  return step_fn, names
-
-
 class _StageRun:
   """The steps of one stage, with what has to be remembered between them."""
 
@@ -267,7 +203,7 @@ class _StageRun:
     trainable, frozen, rates = optim.split(params, stage.rules)
     self.step = begin
     if opt is None:
-      opt = _make_tx(stage, rates).init(trainable)
+      opt = step_lib.make_tx(stage, rates).init(trainable)
     state = jax.device_put((trainable, collections, opt))
     frozen = jax.device_put(frozen)
     dataset = jax.device_put(
@@ -280,7 +216,13 @@ class _StageRun:
     if begin >= total:
       return self._join(state, frozen), state[1], state[2], True
     batches = feed.batches(plan, begin)
-    step_fn, names = make_step(stage, rates, options)
+    step_fn, names = step_lib.make_step(
+      stage,
+      rates,
+      seed=options.seed,
+      mean=options.mean,
+      std=options.std,
+    )
     first = next(batches)
     factor = jnp.float32(0)
     compiled = (
@@ -312,9 +254,9 @@ class _StageRun:
         ends_epoch = is_last or plan.epochs[self.step] != epoch
         evaluating = evaluator is not None and (
           is_last
-          or ends_epoch
+          or (ends_epoch
           and options.eval_every > 0
-          and epoch % options.eval_every == 0
+          and epoch % options.eval_every == 0)
         )
         if (
           self.step % options.log_every == 0
@@ -412,16 +354,6 @@ def _plan(
   )
 
 
-def _make_tx(stage: stage_lib.Stage, rates: Mapping[str, float]):
-  return optim.make(
-    rates,
-    weight_decay=stage.weight_decay,
-    decoupled=stage.decoupled,
-    bias_lr_multiplier=stage.bias_lr_multiplier,
-    clip_norm=stage.clip_norm,
-  )
-
-
 def _abstract_opt(
   stages: Sequence[stage_lib.Stage],
   params: types.Params,
@@ -447,7 +379,7 @@ def _abstract_opt(
   trees.merge(expected, params, where=f"{workdir}/checkpoints")
   stage = stages[data["stage"]]
   trainable, _, rates = optim.split(params, stage.rules)
-  return jax.eval_shape(_make_tx(stage, rates).init, trainable)
+  return jax.eval_shape(step_lib.make_tx(stage, rates).init, trainable)
 
 
 def _beyond(workdir: str | pathlib.Path) -> errors.UserError:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dppp_jax import trees
-from dppp_jax import types
+from dppp_jax import trees, types
 
 
 def split(

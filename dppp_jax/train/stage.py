@@ -31,6 +31,7 @@ class PK(NamedTuple):
 
   @property
   def batch_size(self) -> int:
+    """Returns B."""
     return self.P * self.K
 
 
