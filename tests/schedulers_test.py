@@ -394,6 +394,7 @@ def test_refuses_samplers_that_are_not_built(given, words):
     (30, {"prediction_type": "sample"}, "prediction_type"),
     (30, {"timestep_spacing": "even"}, "timestep_spacing"),
     (30, {"method": "heun"}, "heun"),
+    (30, {"eta": 1.5}, "eta=1.5"),
     (30, {"beta_schedule": "cosine"}, "beta_schedule"),
     (30, {"method": "ddim", "karras": True}, "Karras"),
     (30, {"method": "ddim", "zero_snr": True}, "zero signal"),

@@ -292,6 +292,8 @@ def _check(num_steps: int, config: Config) -> None:
       f"sampler {config.method!r} is not built: choose one of"
       f" {', '.join(_CLASSES.values())}"
     )
+  if config.eta is not None and not 0 <= config.eta <= 1:
+    raise errors.UserError(f"eta={config.eta}: choose between 0 and 1")
   if config.method == "ddim" and (config.karras or config.continuous):
     raise errors.UserError(
       "ddim has neither Karras sigmas nor k-diffusion's steps: use euler"
