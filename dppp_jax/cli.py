@@ -20,7 +20,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
@@ -57,7 +57,7 @@ def run(
   known = set(flags.FLAGS)
   try:
     app.run(
-      lambda _: main(flags.FLAGS),
+      lambda _: _main(main),
       argv=argv,
       flags_parser=lambda words: _parse(words, config, define_flags),
     )
@@ -71,6 +71,13 @@ def run(
   finally:
     for name in set(flags.FLAGS) - known:
       delattr(flags.FLAGS, name)
+
+
+def _main(main: Callable[[flags.FlagValues], int | None]) -> int | None:
+  # Libraries tell every file they touch; --verbosity=0 lets them.
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  return main(flags.FLAGS)
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:

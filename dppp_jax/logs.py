@@ -37,6 +37,11 @@ def progress(
   )
 
 
+def say(text: str) -> None:
+  """Writes a line to stderr, above a progress bar where there is one."""
+  tqdm.tqdm.write(text, file=sys.stderr)
+
+
 class Writer:
   """Appends metrics to `metrics.jsonl`, and to TensorBoard when asked.
 

@@ -8,9 +8,7 @@ import os
 import pathlib
 from typing import IO
 
-from absl import logging
-
-from dppp_jax import errors
+from dppp_jax import errors, logs
 
 
 @contextlib.contextmanager
@@ -36,7 +34,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info("%s: waiting for another process to finish it", path.parent)
+      logs.say(f"{path.parent}: waiting for another process to finish it")
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
 

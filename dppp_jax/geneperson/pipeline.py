@@ -19,7 +19,6 @@ import threading
 import time
 from typing import Any
 
-from absl import logging
 import numpy as np
 import PIL.Image
 
@@ -157,14 +156,12 @@ def run(
     made = 0
     sheet = _Sheet(store.scratch, every=sheet_every)
     with (
-      interrupts.Interrupts(
-        "stopping after the people in progress"
-      ) as signals,
+      interrupts.Interrupts("stopping after the people in progress") as signals,
       futures.ThreadPoolExecutor(num_threads) as pool,
       _Progress(store.num_done, len(store.todo)) as progress,
     ):
       if store.num_done:
-        logging.info("resuming: %d people are there already", store.num_done)
+        logs.say(f"resuming: {store.num_done} people are there already")
       people = _make(make_identity, store.todo, signals, num_processes)
       for pid, jobs, dropped in _encoded(
         people, pool, cap=cap, seed=seed, size=image_size, quality=quality
@@ -356,12 +353,8 @@ class _Progress:
     if self._bar.disable and now - self._last > _QUIET_SECONDS:
       self._last = now
       left = seconds / self._done * (self._total - self._done)
-      logging.info(
-        "%d of %d people, %s, %.0f s left",
-        self._done,
-        self._total,
-        speed,
-        left,
+      logs.say(
+        f"{self._done} of {self._total} people, {speed}, {left:.0f} s left"
       )
 
 

@@ -12,7 +12,6 @@ import pathlib
 import time
 from typing import Any
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +125,7 @@ def fit(
     start = (restored.data["stage"], restored.data["step"])
     if restored.step > offsets[-1]:
       raise _beyond(workdir)
-    logging.info("resuming at step %d", restored.step)
+    logs.say(f"resuming at step {restored.step}")
   writer = logs.Writer(
     workdir,
     tensorboard=options.tensorboard,
@@ -158,7 +157,7 @@ def fit(
         if not done:
           manager.wait()
           step = int(offsets[number]) + run.step
-          logging.info("stopped at step %d; run again to go on", step)
+          logs.say(f"stopped at step {step}; run again to go on")
           return Outcome(False, step, params)
     finally:
       manager.close()
@@ -324,14 +323,11 @@ class _StageRun:
     bar.set_postfix_str(
       f"loss {mean['loss']:.3f}, {line['images_per_second']:.0f} images/s"
     )
-    logging.info(
-      "%s step %d/%d loss %.4f, %.0f images/s",
-      self.stage.name,
-      self.step,
-      len(self.plan.indices),
-      mean["loss"],
-      line["images_per_second"],
-    )
+    if bar.disable:  # Nobody watches a bar: lines for a log file.
+      logs.say(
+        f"{self.stage.name} step {self.step}/{len(self.plan.indices)}"
+        f" loss {mean['loss']:.4f}, {line['images_per_second']:.0f} images/s"
+      )
 
 
 def _plan(
