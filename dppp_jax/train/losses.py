@@ -186,7 +186,7 @@ def retrieval_accuracy(
     A scalar in [0, 1].
   """
   nearest = similarities(a, b, similarity=similarity).argmax(-1)
-  return (labels[nearest] == labels).mean(dtype=jnp.float32)
+  return (jnp.asarray(labels)[nearest] == labels).mean(dtype=jnp.float32)
 
 
 def normalize(x: types.Array, *, epsilon: float = 1e-12) -> jax.Array:
