@@ -290,6 +290,29 @@ def test_bfloat16_answers_in_float32(xl):
   assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(text))
 
 
+def test_cast_kernels_are_those_that_the_network_casts():
+  _, config, params = twin(SD1 | dict(num_class_embeds=2))
+  cast = resnet2d.cast_kernels(params, jnp.bfloat16)
+  module = unet.UNet(config, dtype=jnp.bfloat16)
+  (sample, times, context), _ = twins.inputs(config, size=(4, 2))
+  call = lambda params: twins.run(
+    lambda params, *args: module.apply(
+      {"params": params}, *args, class_labels=jnp.array([0, 1])
+    ),
+    params,
+    sample.astype(np.float32),
+    times.astype(np.float32),
+    context.astype(np.float32),
+  )
+  np.testing.assert_array_equal(call(cast), call(params))
+  wide = {
+    name.split("/")[0]
+    for name, leaf in trees.flatten(cast).items()
+    if leaf.ndim > 1 and leaf.dtype == np.float32
+  }
+  assert wide == {"time_embedding", "class_embedding", "conv_out"}
+
+
 def test_stack_and_unstack_are_inverse(xl):
   _, _, params = xl
   stacked = diffusion_rules.stack_layers(params, stack_from=2)

@@ -128,6 +128,7 @@ def test_bfloat16_decodes_to_float32_and_float16_is_refused(small):
   _, config, params = small
   latents = np.random.default_rng(0).normal(size=(1, 5, 7, 4))
   latents = latents.astype(np.float32)
+  # params is looked up at each call.
   call = lambda dtype: twins.run(
     lambda params, z: vae.VAE(config, dtype=dtype).apply(
       {"params": params}, z, method="decode"
@@ -138,6 +139,9 @@ def test_bfloat16_decodes_to_float32_and_float16_is_refused(small):
   got = call(jnp.bfloat16)
   assert got.dtype == jnp.float32
   assert twins.distance(got, call(jnp.float32)) < 3e-2
+  params = resnet2d.cast_kernels(params, jnp.bfloat16)
+  assert params["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, call(jnp.bfloat16))
   with pytest.raises(errors.UserError, match="force_upcast"):
     call(jnp.float16)
 

@@ -1,18 +1,27 @@
 """The convolutional pieces of UNets, ControlNets and VAEs, in NHWC."""
 
+from collections.abc import Mapping
 import functools
+import re
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dppp_jax import types
+from dppp_jax import trees, types
 from dppp_jax.models import layers
 
 # Statistics in float32, and no fast variance: it cancels where the mean is
 # large against the spread, and the VAE's last layers are such a place.
 GroupNorm = functools.partial(
   nn.GroupNorm, epsilon=1e-5, use_fast_variance=False
+)
+
+# The kernels that are used in the compute dtype, of all the networks.
+_CAST = re.compile(
+  r"((?:down|up)_blocks_\d+|mid_block|conv_in|encoder_hid_proj|controlnet_\w+"
+  r"|(?:encoder|decoder)/(?!conv_out).*?)(/.*)?/kernel"
 )
 
 
@@ -59,7 +68,12 @@ class ResnetBlock(nn.Module):
       [B, H, W, C'].
     """
     act = layers.activation(self.act)
-    norm = functools.partial(GroupNorm, self.groups, epsilon=self.epsilon)
+    norm = functools.partial(
+      GroupNorm,
+      self.groups,
+      epsilon=self.epsilon,
+      dtype=layers.stream_dtype(self.dtype),
+    )
     y = act(norm(name="norm1")(x))
     y = conv3x3(self.features, self.dtype, name="conv1")(y)
     if emb is not None:
@@ -145,3 +159,27 @@ def nearest(x: types.Array, size: tuple[int, int]) -> jax.Array:
     elif wanted != have:
       x = jnp.take(x, jnp.arange(wanted) * have // wanted, axis=axis)
   return x
+
+
+def cast_kernels(
+  params: Mapping[str, Any], dtype: jax.typing.DTypeLike
+) -> types.Params:
+  """Casts what the networks would cast at each step, and nothing else.
+
+  A network of compute dtype bfloat16 gives the same numbers with the result,
+  and reads half as much. Norms, embeddings and the last layers, which run in
+  float32, keep their parameters as they are, and so do all biases.
+
+  Args:
+    params: of a UNet, a ControlNet or a VAE.
+    dtype: the network's compute dtype.
+
+  Returns:
+    The nested tree.
+  """
+  return trees.unflatten(
+    {
+      name: jnp.asarray(leaf, dtype if _CAST.fullmatch(name) else None)
+      for name, leaf in trees.flatten(params).items()
+    }
+  )

@@ -118,11 +118,12 @@ class TransformerBlock(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def setup(self):  # noqa: D102
-    self.norm1 = layers.LayerNorm()
+    norm = lambda: layers.LayerNorm(dtype=layers.stream_dtype(self.dtype))
+    self.norm1 = norm()
     self.attn1 = Attention(self.width, self.heads, dtype=self.dtype)
-    self.norm2 = layers.LayerNorm()
+    self.norm2 = norm()
     self.attn2 = Attention(self.width, self.heads, dtype=self.dtype)
-    self.norm3 = layers.LayerNorm()
+    self.norm3 = norm()
     self.ff = FeedForward(self.dtype)
 
   def text(self, context: types.Array) -> KeysValues:
@@ -178,7 +179,9 @@ class Transformer2D(nn.Module):
 
   def setup(self):  # noqa: D102
     # 1e-6 here, where the residual layers of the same network have 1e-5.
-    self.norm = resnet2d.GroupNorm(self.groups, epsilon=1e-6)
+    self.norm = resnet2d.GroupNorm(
+      self.groups, epsilon=1e-6, dtype=layers.stream_dtype(self.dtype)
+    )
     if self.linear:
       project = lambda: nn.Dense(self.width, dtype=self.dtype)
     else:
