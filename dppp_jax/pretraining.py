@@ -1,6 +1,6 @@
 """From a configuration of `configs/pretrain_clip.py` to a CLIP folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import pathlib
 import shutil
 from typing import Any
@@ -46,30 +46,35 @@ def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   data, train = config["data"], config["train"]
   corpus = _draw(data, "studio", data["num_images"], folder)
   words = folder / "tokenizer"
+  attributes = [name for name, v in wardrobe.VALUES.items() if len(v) > 1]
+  sentences = [
+    wardrobe.phrases(name, value)
+    for name in attributes
+    for value in wardrobe.VALUES[name]
+  ]
   vocab_size = tokenizer_lib.train_tokenizer(
-    corpus.words(), words, vocab_size=config["model"]["vocab_size"]
+    [*corpus.captions, *(text for group in sentences for text in group)],
+    words,
+    vocab_size=config["model"]["vocab_size"],
   )
   tokenizer = load.tokenizer(words)
   clip_config = make_config(config["model"], tokenizer, vocab_size)
   length = clip_config.text.max_position_embeddings
-  tokenize = lambda texts, longest: clip_pretrain.tokenize(
-    tokenizer, texts, max_length=min(longest, length)
-  )
   augment = transforms.Augment(**config["augment"])
   stages = clip_pretrain.stages(
     clip_config,
-    {
-      "full": tokenize(corpus.full, length),
-      "short": tokenize(corpus.short, data["max_short"]),
-      **_codes(corpus),
-    },
+    clip_pretrain.tokenize(tokenizer, corpus.captions, max_length=length),
+    _values(corpus, attributes),
+    clip_pretrain.Prompts(
+      _wordings(tokenizer, sentences, length),
+      tuple(len(wardrobe.VALUES[name]) for name in attributes),
+    ),
     batch_size=train["batch_size"],
     epochs=train["epochs"],
     lr=train["lr"],
     weight_decay=train["weight_decay"],
     warmup=train["warmup"],
-    short_weight=train["short_weight"],
-    full_share=train["full_share"],
+    caption_share=train["caption_share"],
     augment=augment,
     dtype=jnp.dtype(config["dtype"]),
   )
@@ -155,8 +160,8 @@ def measure(
         for name in _REPORTED
       },
     }
-    if corpus.full:
-      texts = encoder.texts([group[0] for group in corpus.full])
+    if corpus.captions:
+      texts = encoder.texts(corpus.captions)
       recall = zeroshot.recall_at_1(images, texts)
       found[name]["image_to_text_R@1"], found[name]["text_to_image_R@1"] = (
         recall
@@ -204,21 +209,23 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _codes(corpus: corpus_lib.Corpus) -> dict[str, np.ndarray]:
-  """Returns every person's attributes and what every short text names."""
-  names = sorted(wardrobe.VALUES)
-  attributes = [
+def _values(corpus: corpus_lib.Corpus, names: Sequence[str]) -> np.ndarray:
+  """Returns int32 [N, A], the place of everybody's value in VALUES."""
+  rows = [
     [wardrobe.VALUES[name].index(person[name]) for name in names]
     for person in corpus.attributes
   ]
-  mentions = [
-    [[name in named for name in names] for named in group]
-    for group in corpus.mentions
-  ]
-  return {
-    "attributes": np.array(attributes, np.int32),
-    "mentions": np.array(mentions, bool),
-  }
+  return np.array(rows, np.int32)
+
+
+def _wordings(
+  tokenizer: Any, sentences: Sequence[Sequence[str]], length: int
+) -> np.ndarray:
+  """Returns int32 [V, M, L]; values with fewer wordings repeat theirs."""
+  most = max(len(group) for group in sentences)
+  texts = [group[i % len(group)] for group in sentences for i in range(most)]
+  ids = clip_pretrain.tokenize(tokenizer, texts, max_length=length)
+  return ids.reshape(len(sentences), most, -1)
 
 
 def _draw(data, domain, num, cache) -> corpus_lib.Corpus:
@@ -227,7 +234,6 @@ def _draw(data, domain, num, cache) -> corpus_lib.Corpus:
     seed=data["seed"],
     size=tuple(data["image_size"]),
     domain=domain,
-    num_short=data["num_short"],
     processes=data["processes"],
     cache=cache,
   )
