@@ -397,3 +397,9 @@ def test_pictures_need_not_be_square_nor_of_one_size(world):
   np.testing.assert_allclose(
     extractor(images), extractor(np.stack(resized)), atol=1e-6
   )
+
+
+def test_page_of_benchmarks_is_what_the_results_say(capsys):
+  place = "data_tools/benchmark_tables.py"
+  code, _, err = launch(capsys, place, "--check")
+  assert code == 0, err

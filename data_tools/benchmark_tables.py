@@ -1,0 +1,81 @@
+"""Writes docs/benchmarks.md from benchmarks/results/*.json.
+
+python data_tools/benchmark_tables.py [--check]
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+from typing import Any
+
+from absl import flags
+
+from dppp_jax import cli, errors
+
+_HEAD = """# Benchmarks
+
+Written by `python data_tools/benchmark_tables.py` from `benchmarks/results`.
+Each file there comes from `python benchmarks/NAME.py`, which runs this project
+and the alternative side by side in one run: ratios count, lone times depend on
+the machine and on what else ran on it (`load` is the load average).
+"""
+
+
+def define_flags():
+  """Defines whether the page is written or compared."""
+  flags.DEFINE_boolean("check", False, "Only say whether the page is current.")
+
+
+def page() -> str:
+  """Returns the page as Markdown."""
+  parts = [_HEAD]
+  for path in sorted((cli.ROOT / "benchmarks" / "results").glob("*.json")):
+    values = json.loads(path.read_text())
+    where = values["environment"]
+    parts.append(f"\n## {values['benchmark']}, {where['device']}\n")
+    versions = ", ".join(
+      f"{name} {where['packages'][name]}"
+      for name in ("jax", "torch")
+      if name in where["packages"]
+    )
+    parts.append(
+      f"{where['cpu']}, {where['cpu_count']} cores, load {where['load']};"
+      f" Python {where['python']}, {versions}; commit {where['commit']},"
+      f" {where['date']}.\n"
+    )
+    parts.append("| | |\n|---|---|")
+    for name, value in flatten(values["results"]):
+      parts.append(f"| {name} | {value} |")
+  return "\n".join(parts) + "\n"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
+  """Yields (name, text) for every number of a nested result."""
+  for key, value in values.items():
+    name = f"{prefix}{key}"
+    if isinstance(value, Mapping):
+      yield from flatten(value, f"{name}, ")
+    elif isinstance(value, float):
+      yield name, f"{value:.4g}"
+    elif isinstance(value, list):
+      yield name, " x ".join(map(str, value))
+    else:
+      yield name, value
+
+
+def main(args) -> int:
+  """Writes the page, or fails where it is out of date."""
+  target = cli.ROOT / "docs" / "benchmarks.md"
+  text = page()
+  if args.check:
+    if not target.exists() or target.read_text() != text:
+      raise errors.UserError(
+        f"{target}: out of date: run python data_tools/benchmark_tables.py"
+      )
+    return 0
+  target.write_text(text)
+  print(target)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags=define_flags)
