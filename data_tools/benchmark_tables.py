@@ -32,11 +32,8 @@ def page() -> str:
     values = json.loads(path.read_text())
     where = values["environment"]
     parts.append(f"\n## {values['benchmark']}, {where['device']}\n")
-    versions = ", ".join(
-      f"{name} {where['packages'][name]}"
-      for name in ("jax", "torch")
-      if name in where["packages"]
-    )
+    packages = where["packages"]
+    versions = f"jax {packages['jax']}, torch {packages.get('torch', 'none')}"
     parts.append(
       f"{where['cpu']}, {where['cpu_count']} cores, load {where['load']};"
       f" Python {where['python']}, {versions}; commit {where['commit']},"

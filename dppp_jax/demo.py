@@ -46,7 +46,7 @@ def main(folder: str | pathlib.Path, *, num_seeds: int) -> pathlib.Path:
   Raises:
     errors.UserError: a step failed; its own message stands above.
   """
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(folder).absolute()
   begin = time.monotonic()
   drawn = folder / "benchmarks"
   if not drawn.exists():
@@ -234,9 +234,8 @@ def _call(script: str, *words: str, **flags: Any) -> None:
   words += tuple(f"--{name}={value}" for name, value in flags.items())
   shown = shlex.join(["python", script, *words])
   print(f"$ {shown}", flush=True)
-  # Absolute: the commands run in the project's root, wherever we are.
   done = subprocess.run(
-    [sys.executable, str(cli.ROOT / script), *words], check=False
+    [sys.executable, script, *words], cwd=cli.ROOT, check=False
   )
   if done.returncode:
     raise errors.UserError(

@@ -106,6 +106,7 @@ def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     std=augment.std,
   )
   metrics = measure(target, config, folder)
+  run.write_json(target / "training.json", config)
   run.write_json(target / "metrics.json", metrics)
   (target / "README.md").write_text(card(config, metrics))
   return target

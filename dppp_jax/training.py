@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import cli, errors
 from dppp_jax.data import benchmarks, shards, transforms
 from dppp_jax.data import source as source_lib
 from dppp_jax.evals import benchmark as benchmark_lib
@@ -49,8 +49,9 @@ def train(
       f"config method {config['method']!r}: there is 'dppp' so far"
     )
   source = load_source(config["data"], data_dir)
-  clip_config, params = load.clip(config["clip"])
-  tokenizer = load.tokenizer(config["clip"])
+  where = _locate(config["clip"])
+  clip_config, params = load.clip(where)
+  tokenizer = load.tokenizer(where)
   augment = transforms.Augment(**config["augment"])
   options = dppp.Options(**_tuples(config["dppp"]))
   settings = config["train"]
@@ -161,6 +162,12 @@ class _Judge:
       metrics[f"{benchmark.name}/mAP"] = found.mAP
       metrics[f"{benchmark.name}/Rank-1"] = float(found.cmc[0])
     return metrics
+
+
+def _locate(folder: str) -> str:
+  """Finds a shipped checkpoint from wherever the command was typed."""
+  shipped = cli.ROOT / folder
+  return str(shipped) if shipped.is_dir() else folder
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

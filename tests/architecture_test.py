@@ -29,9 +29,9 @@ _FLOORS = {
   "methods": 5,
   "paperdoll": 5,
   "cli": 6,
-  "pretraining": 6,
-  "training": 6,
-  "demo": 7,
+  "pretraining": 7,
+  "training": 7,
+  "demo": 8,
 }
 _TOP = ("launch", "data_tools", "benchmarks", "configs", "tests")
 # pip name -> the only places that may import it.
