@@ -172,6 +172,6 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
   # Small networks and few steps want larger rates.
   config.dppp.encoder_lr = 5e-5
   config.dppp.new_lr = 5e-4
-  config.dppp.ptl_epochs = 4
-  config.dppp.psd_epochs = 2
-  config.dppp.decay_epochs = (4,)
+  config.dppp.ptl_epochs = 5
+  config.dppp.psd_epochs = 3
+  config.dppp.decay_epochs = (5,)

@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.maker = "paperdoll"
   # Another seed, other people.
   config.seed = 0
-  config.num_identities = 200
+  config.num_identities = 300
   # Pictures drawn of a person, and kept of them: a drawn one is never dropped
   # for its quality, so that more cells than the cap are drawn in vain.
   config.cells = 20

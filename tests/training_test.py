@@ -366,7 +366,7 @@ def test_pretraining_ends_with_a_clip_that_loads(capsys, tmp_path):
 
 
 def test_demo_table_has_mean_and_spread():
-  score = lambda x: {"Rank-1": x, "mAP": x / 2}
+  score = lambda x: {"rank1": x, "mAP": x / 2}
   scores = [
     {m: {b: score(x) for b in ("market1501", "dukemtmcreid")} for m in names}
     for names in [("frozen mini CLIP", "PTL", "PTL + PSD")]
