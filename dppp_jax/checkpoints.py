@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dppp_jax import errors
-from dppp_jax import types
+from dppp_jax import errors, types
 
 _FOLDER = "checkpoints"
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from dppp_jax import errors
-from dppp_jax.train import optim
-from dppp_jax.train import stage
+from dppp_jax.train import optim, stage
 
 
 def _trees(rng):

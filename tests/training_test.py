@@ -15,8 +15,7 @@ import pytest
 import safetensors.numpy
 
 import dppp_jax
-from dppp_jax import cli, demo, logs, trees
-from dppp_jax import checkpoints
+from dppp_jax import checkpoints, cli, demo, logs, trees
 from dppp_jax.models import clip
 from dppp_jax.paperdoll import benchmark as drawn_benchmark
 from dppp_jax.weights import export, hub, load
@@ -353,7 +352,7 @@ def test_pretraining_ends_with_a_clip_that_loads(capsys, tmp_path):
   code, out, _ = launch(capsys, "launch/pretrain.py", *words, default=default)
   assert code == 0
   assert "Zero-shot accuracy" in out
-  config, params = load.clip(workdir / "clip")
+  _config, params = load.clip(workdir / "clip")
   step, trained_params = checkpoints.restore_model(workdir)
   assert step == 3  # 24 pictures in batches of 8, one epoch.
   for name, value in trees.flatten(params).items():
