@@ -65,7 +65,7 @@ def test_parameter_without_a_rule_is_an_error():
 
 
 def test_rule_that_matches_nothing_is_an_error():
-  with pytest.raises(errors.UserError, match="'heda/.\\*' matches no param"):
+  with pytest.raises(errors.UserError, match=r"'heda/.\*' matches no param"):
     optim.split({"head": {"w": 1}}, (("heda/.*", 1.0), (".*", None)))
 
 
