@@ -227,8 +227,17 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
       for name, entry in header.items()
     ]
+    is_sound = all(
+      isinstance(kind, str)
+      and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+      for _, kind, shape, start, end in entries
+    )
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise damaged("the header cannot be read") from error
+  except RecursionError as error:
+    raise damaged("the header is nested without end") from error
+  if not is_sound:
+    raise damaged("the header holds something else than sizes")
   for name, kind, shape, start, end in entries:
     if kind not in _DTYPES:
       raise errors.UserError(
@@ -236,7 +245,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         " convert it to F16 or F32"
       )
     dtype = np.dtype(_DTYPES[kind])
-    if end - start != dtype.itemsize * math.prod(shape) or start < 0:
+    if end - start != dtype.itemsize * math.prod(shape):
       raise damaged(f"tensor {name} has another size than its shape")
     if base + end > size:
       raise damaged(f"tensor {name} ends at byte {base + end} of {size}")
