@@ -1,0 +1,186 @@
+"""ControlNets in a file of any name, without a config.json beside it.
+
+    config, params = controlnet_file.load("OpenPoseXL2.safetensors")
+
+The sizes are read off the tensors. What no tensor tells is that of the base
+models: heads are 64 wide (in SD 1.x there are 8), pictures are RGB, and
+residuals are not pooled.
+"""
+
+from collections.abc import Mapping
+import itertools
+from typing import Any
+
+import numpy as np
+
+from dppp_jax import errors, trees, types
+from dppp_jax.models import controlnet as controlnet_lib
+from dppp_jax.models import controlnet_union, unet_config
+from dppp_jax.weights import (
+  convert,
+  diffusers_folder,
+  diffusion_rules,
+  hub,
+  original,
+  single_file,
+)
+
+Tensors = Mapping[str, np.ndarray]
+
+_PREFIX = "control_model."
+_COND = "controlnet_cond_embedding."
+_HEAD = 64
+
+
+def load(
+  path: single_file.Path,
+  *,
+  config: unet_config.ControlNetConfig | None = None,
+  stack_from: int = 0,
+) -> tuple[unet_config.ControlNetConfig, types.Params]:
+  """Loads a ControlNet, or a union of them, from wherever it lies.
+
+  Args:
+    path: a file of any name, with diffusers' names or those of the original
+      code; a folder of diffusers, or a file in one, is left to
+      `diffusers_folder`.
+    config: its sizes; None: what config.json beside it says, or the tensors.
+    stack_from: transformers at least so deep come stacked.
+
+  Returns:
+    The configuration and the parameters of `controlnet_union.build(config)`.
+
+  Raises:
+    errors.UserError: no such file, a damaged one, no ControlNet, or a tensor
+      that is missing, left over or of another shape.
+  """
+  found = hub.resolve(path, patterns=diffusers_folder.PATTERNS)
+  is_folder = found.is_dir() or (found.parent / "config.json").is_file()
+  if config is None and is_folder:
+    return diffusers_folder.controlnet(found, stack_from=stack_from)
+  where = str(path)
+  tensors: Tensors = hub.read_tensors(found)
+  if "lora_controlnet" in tensors or any(n.endswith(".down") for n in tensors):
+    raise errors.UserError(
+      f"{where} is a control-LoRA, the difference of a ControlNet to its base"
+      " model: use the whole ControlNet"
+    )
+  own = {
+    name.removeprefix(_PREFIX): tensor
+    for name, tensor in tensors.items()
+    if name.startswith(_PREFIX)
+  }
+  tensors = own or tensors
+  is_original = "time_embed.0.weight" in tensors
+  if not is_original and f"{_COND}conv_in.weight" not in tensors:
+    raise errors.UserError(
+      f"{where} holds no ControlNet (it begins with"
+      f" {', '.join(sorted(tensors)[:3]) or 'nothing'}): give a ControlNet of"
+      " SDXL or SD 1.x"
+    )
+  if config is None:
+    config = _SD1 if is_original else _read_sizes(tensors, where)
+  is_union = isinstance(config, unet_config.UnionConfig)
+  if is_union:
+    shapes = controlnet_union.param_shapes(config)
+    rules = diffusion_rules.controlnet_union(config)
+  else:
+    shapes = controlnet_lib.param_shapes(config)
+    rules = diffusion_rules.controlnet(config)
+  if is_original:
+    names = original.controlnet(shapes)
+    part = single_file.Part(_PREFIX, shapes, rules, names)
+    tensors = part.rename(tensors)
+  flat = convert.convert(tensors, rules, where=where)
+  params = trees.merge(shapes, flat, where=where)
+  return config, diffusion_rules.stack_layers(params, stack_from=stack_from)
+
+
+_SD1 = unet_config.ControlNetConfig(cross_attention_dim=768)
+
+
+def _read_sizes(tensors: Tensors, where: str) -> unet_config.ControlNetConfig:
+  """Returns the configuration of tensors with diffusers' names."""
+  try:
+    fields = _sizes(tensors)
+    if "task_embedding" not in tensors:
+      return unet_config.ControlNetConfig(**fields)
+    del fields["mid_block_type"]  # A union has only one.
+    kinds, width = tensors["task_embedding"].shape
+    return unet_config.UnionConfig(
+      **fields,
+      num_control_type=kinds,
+      num_trans_channel=width,
+      num_trans_layer=_count(tensors, "transformer_layes.{}.ln_1.weight"),
+      num_proj_channel=tensors["spatial_ch_projs.weight"].shape[0],
+    )
+  except (KeyError, ValueError, IndexError) as error:
+    raise errors.UserError(
+      f"{where} is no ControlNet whose sizes can be read ({error}): put the"
+      " config.json of its repository beside it"
+    ) from error
+
+
+def _sizes(tensors: Tensors) -> dict[str, Any]:
+  shape = lambda name: tensors[name].shape
+  levels = _count(tensors, "down_blocks.{}.resnets.0.conv1.weight")
+  names = [f"down_blocks.{i}." for i in range(levels)]
+  widths = tuple(shape(n + "resnets.0.conv1.weight")[0] for n in names)
+  layers = [_count(tensors, n + "resnets.{}.conv1.weight") for n in names]
+  has_text = [n + "attentions.0.norm.weight" in tensors for n in names]
+  attention = "attentions.0.transformer_blocks.{}.norm1.weight"
+  depths = [_count(tensors, n + attention) for n in names]
+  has_mid_text = "mid_block.attentions.0.norm.weight" in tensors
+  if has_mid_text and not has_text[-1]:
+    depths[-1] = _count(tensors, "mid_block." + attention)
+  # A block without transformers takes any depth: diffusers writes 1.
+  depths = [
+    depth if cross or (has_mid_text and i == levels - 1) else 1
+    for i, (depth, cross) in enumerate(zip(depths, has_text, strict=True))
+  ]
+  if has_mid_text:
+    mid = "UNetMidBlock2DCrossAttn"
+  else:
+    is_there = "mid_block.resnets.0.conv1.weight" in tensors
+    mid = "UNetMidBlock2D" if is_there else None
+  proj_in = [n for n in tensors if n.endswith("attentions.0.proj_in.weight")]
+  is_linear = any(len(shape(name)) == 2 for name in proj_in)
+  is_xl = "add_embedding.linear_1.weight" in tensors
+  text = [n for n in tensors if n.endswith("attn2.to_k.weight")]
+  steps = _count(tensors, _COND + "blocks.{}.weight")
+  hint = [shape(f"{_COND}conv_in.weight")[0]]
+  hint += [shape(f"{_COND}blocks.{i}.weight")[0] for i in range(1, steps, 2)]
+  fields = dict(
+    in_channels=shape("conv_in.weight")[1],
+    block_out_channels=widths,
+    down_block_types=tuple(
+      "CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in has_text
+    ),
+    mid_block_type=mid,
+    layers_per_block=layers[0] if len(set(layers)) == 1 else tuple(layers),
+    transformer_layers_per_block=tuple(depths),
+    attention_head_dim=(
+      tuple(max(1, width // _HEAD) for width in widths)
+      if is_xl or is_linear
+      else 8
+    ),
+    use_linear_projection=is_linear,
+    conditioning_channels=shape(f"{_COND}conv_in.weight")[1],
+    conditioning_embedding_out_channels=tuple(hint),
+  )
+  if text:
+    fields["cross_attention_dim"] = shape(text[0])[1]
+  if is_xl:
+    fields |= dict(
+      addition_embed_type="text_time",
+      addition_time_embed_dim=256,
+      projection_class_embeddings_input_dim=shape(
+        "add_embedding.linear_1.weight"
+      )[1],
+    )
+  return fields
+
+
+def _count(tensors: Tensors, template: str) -> int:
+  counts = itertools.count()
+  return next(n for n in counts if template.format(n) not in tensors)
