@@ -505,6 +505,15 @@ def test_a_lora_for_another_base(twin, tmp_path):
     ({"oft_blocks": np.ones((3, 3), np.float32)}, "oft_blocks"),
     ({"lokr_t2": np.ones((3, 3), np.float32)}, "lokr_t2, which do not belong"),
     ({"alpha": np.ones(2, np.float32)}, "do not go together"),
+    ({"lora_B.weight": np.ones((128, 3), np.int8)}, "holds int8, not floats"),
+    (
+      {
+        "lora_A.weight": np.ones((0, 128), np.float32),
+        "lora_B.weight": np.ones((128, 0), np.float32),
+        "alpha": np.ones((), np.float32),
+      },
+      "factors do not go together",
+    ),
   ],
 )
 def test_damaged_modules(twin, tmp_path, change, said):

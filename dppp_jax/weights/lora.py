@@ -284,6 +284,8 @@ def _ratio(left: dict[str, Any], rank: int | None) -> np.float32:
   alpha = left.pop("alpha", None)
   if alpha is None or rank is None:
     return np.float32(1)
+  if not rank:
+    raise ValueError("their rank is 0")
   return np.float32(np.asarray(alpha).reshape(()) / rank)
 
 

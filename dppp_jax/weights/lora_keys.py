@@ -138,7 +138,7 @@ def read(path: str | pathlib.Path, names: Mapping[Any, Target]) -> File:
       unmatched.append(m[1])
       continue
     role = str(m.lastgroup)
-    value = _numbers(tensor, f"{path}: tensor {name}")
+    value = _numbers(tensor, role, f"{path}: tensor {name}")
     parts = modules.setdefault(target, {})
     if role in parts and not np.array_equal(parts[role], value):
       raise errors.UserError(
@@ -205,8 +205,15 @@ def _place(stem: str) -> tuple[str, str]:
   return meant, stem.replace(".processor", "")
 
 
-def _numbers(tensor: np.ndarray, where: str) -> np.ndarray:
-  """Returns float32; refuses what is no number."""
+def _numbers(tensor: np.ndarray, role: str, where: str) -> np.ndarray:
+  """Returns float32; refuses what is no number, and what is quantised."""
+  # bfloat16 and float8 are foreign to NumPy: they have the kind "V".
+  is_float = tensor.dtype.kind in "fV"
+  if not is_float and role not in ("alpha", "on_input"):
+    raise errors.UserError(
+      f"{where} holds {tensor.dtype.name}, not floats: use the file that was"
+      " not quantised"
+    )
   value = np.asarray(tensor, np.float32)
   if not np.isfinite(value).all():
     raise errors.UserError(
