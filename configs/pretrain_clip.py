@@ -55,11 +55,27 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.batch_size = 128
-  train.epochs = 10
-  train.lr = 1e-3
   train.weight_decay = 0.05
-  train.warmup = 0.05  # Of the steps.
-  train.caption_share = 0.5  # Of a batch, whose captions are read.
+  # Two cosines: the second dwells on the colours of clothes, which Re-ID reads
+  # first. Captions are read for a share of a batch.
+  train.phases = (
+    dict(
+      name="contrastive",
+      epochs=10,
+      lr=1e-3,
+      warmup=0.05,
+      caption_share=0.5,
+      weights=dict(),
+    ),
+    dict(
+      name="colours",
+      epochs=6,
+      lr=8e-4,
+      warmup=0.03,
+      caption_share=0.25,
+      weights=dict(upper_color=3.0, lower_color=3.0),
+    ),
+  )
   train.log_every = 25
   train.checkpoint_every = 250
   train.tensorboard = False

@@ -69,12 +69,9 @@ def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
       _wordings(tokenizer, sentences, length),
       tuple(len(wardrobe.VALUES[name]) for name in attributes),
     ),
+    phases=[_phase(phase, attributes) for phase in train["phases"]],
     batch_size=train["batch_size"],
-    epochs=train["epochs"],
-    lr=train["lr"],
     weight_decay=train["weight_decay"],
-    warmup=train["warmup"],
-    caption_share=train["caption_share"],
     augment=augment,
     dtype=jnp.dtype(config["dtype"]),
   )
@@ -187,8 +184,9 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     f"- Data: {config['data']['num_images']} drawn studio pictures of as many"
     f" people, world seed {config['data']['seed']}",
     f"- Parameters: {metrics['parameters']:,}, stored in float16",
-    f"- Training: {config['train']['epochs']} epochs of batches of"
-    f" {config['train']['batch_size']}, seed {config['train']['seed']}",
+    f"- Training: {sum(p['epochs'] for p in config['train']['phases'])} epochs"
+    f" of batches of {config['train']['batch_size']}, seed"
+    f" {config['train']['seed']}",
     "- Input: 96 x 48 (H x W), mean = std = 0.5; position grid 6 x 6, resized",
     "- Licence: Apache-2.0",
     "",
@@ -208,6 +206,13 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
   for key in ("image_to_text_R@1", "text_to_image_R@1"):
     lines.append(f"| {key} | | {metrics['studio'][key]:.1%} | |")
   return "\n".join(lines) + "\n"
+
+
+def _phase(
+  values: Mapping[str, Any], names: Sequence[str]
+) -> clip_pretrain.Phase:
+  weights = {names.index(name): w for name, w in values["weights"].items()}
+  return clip_pretrain.Phase(**{**values, "weights": weights})
 
 
 def _values(corpus: corpus_lib.Corpus, names: Sequence[str]) -> np.ndarray:

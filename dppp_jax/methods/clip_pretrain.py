@@ -7,7 +7,7 @@ zero-shot classifier does it: every attribute by the sentences of its values,
 "a person in a red shirt" against "a person in a blue shirt".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -37,54 +37,76 @@ class Prompts:
   sizes: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+  """How long and how fast one phase of the training is.
+
+  Attributes:
+    name: of the stage.
+    epochs: passes.
+    lr: peak rate of AdamW; a half cosine takes it to zero.
+    warmup: fraction of the steps.
+    caption_share: share of the batch whose captions are read; they are soon
+      told apart, and cost most of the text tower's time.
+    weights: of attributes' losses that are not 1, by place.
+  """
+
+  name: str
+  epochs: int
+  lr: float
+  warmup: float
+  caption_share: float = 1.0
+  weights: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+
 def stages(
   config: clip.Config,
   captions: np.ndarray,
   attributes: np.ndarray,
   prompts: Prompts,
   *,
+  phases: Sequence[Phase],
   batch_size: int,
-  epochs: int,
-  lr: float,
   weight_decay: float,
-  warmup: float,
   augment: transforms.Augment,
-  caption_share: float = 1.0,
   dtype: Any = "float32",
 ) -> list[stage_lib.Stage]:
-  """Returns the one stage of contrastive pre-training.
+  """Returns one stage for each phase; the first begins at random.
 
   Args:
     config: both towers.
     captions: int32 [N, L] token ids.
     attributes: int32 [N, A], the value of each attribute.
     prompts: the sentences of the A attributes.
+    phases: one after the other.
     batch_size: pictures a step.
-    epochs: passes.
-    lr: peak rate of AdamW.
     weight_decay: of matrices.
-    warmup: fraction of the steps.
     augment: what is done to the pictures.
-    caption_share: share of the batch whose captions are read; they are soon
-      told apart, and cost most of the text tower's time.
     dtype: compute dtype.
   """
-  stage = stage_lib.Stage(
-    name="contrastive",
-    init=make_init(config),
-    loss=make_loss(config, prompts, caption_share=caption_share, dtype=dtype),
-    rules=((".*", lr),),
-    batches=stage_lib.Shuffled(batch_size),
-    epochs=epochs,
-    schedule=stage_lib.warmup_cosine(warmup=warmup),
-    augment=augment,
-    weight_decay=weight_decay,
-    decoupled=True,
-    bias_lr_multiplier=1.0,
-    clip_norm=1.0,
-    extras={"captions": captions, "attributes": attributes},
-  )
-  return [stage]
+  return [
+    stage_lib.Stage(
+      name=phase.name,
+      init=make_init(config) if phase is phases[0] else _keep,
+      loss=make_loss(config, prompts, phase, dtype=dtype),
+      rules=((".*", phase.lr),),
+      batches=stage_lib.Shuffled(batch_size),
+      epochs=phase.epochs,
+      schedule=stage_lib.warmup_cosine(warmup=phase.warmup),
+      augment=augment,
+      weight_decay=weight_decay,
+      decoupled=True,
+      bias_lr_multiplier=1.0,
+      clip_norm=1.0,
+      extras={"captions": captions, "attributes": attributes},
+    )
+    for phase in phases
+  ]
+
+
+def _keep(params, collections, rng):
+  del rng
+  return params, collections
 
 
 def make_init(config: clip.Config) -> stage_lib.Init:
@@ -98,7 +120,7 @@ def make_init(config: clip.Config) -> stage_lib.Init:
 
 
 def make_loss(
-  config: clip.Config, prompts: Prompts, *, caption_share: float, dtype: Any
+  config: clip.Config, prompts: Prompts, phase: Phase, *, dtype: Any
 ) -> Callable[..., tuple[jax.Array, stage_lib.Aux]]:
   """Returns the loss over captions and class prompts, see `stages`."""
   vision = clip.VisionTower(config.vision, dtype=dtype)
@@ -112,13 +134,15 @@ def make_loss(
     images = vision.apply({"params": params}, batch["image"]).projected
     images = _unit(images)
     scale = jnp.exp(jnp.minimum(params["logit_scale"], _MAX_SCALE))
-    part = int(caption_share * len(images))
+    part = int(phase.caption_share * len(images))
     captions = read(params, batch["captions"][:part])
     told_apart, accuracy = info_nce(images[:part], captions, scale)
     wording = jax.random.randint(rng, (num_values,), 0, num_wordings)
     ids = jnp.asarray(prompts.ids)[jnp.arange(num_values), wording]
     logits = scale * images @ read(params, ids).T
-    classified, hits = classify(logits, batch["attributes"], prompts.sizes)
+    classified, hits = classify(
+      logits, batch["attributes"], prompts.sizes, weights=phase.weights
+    )
     metrics = {
       "loss_captions": told_apart,
       "loss_attributes": classified,
@@ -154,7 +178,11 @@ def info_nce(
 
 
 def classify(
-  logits: jax.Array, attributes: jax.Array, sizes: Sequence[int]
+  logits: jax.Array,
+  attributes: jax.Array,
+  sizes: Sequence[int],
+  *,
+  weights: Mapping[int, float] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the summed cross-entropy of all attributes, and the mean accuracy.
 
@@ -162,11 +190,14 @@ def classify(
     logits: [B, V], the values of all attributes side by side.
     attributes: int [B, A], the true value of each.
     sizes: number of values of each attribute; they sum to V.
+    weights: of attributes whose loss does not count 1, by place.
   """
+  weights = weights or {}
   loss, hits, start = 0.0, 0.0, 0
   for i, size in enumerate(sizes):
     part, labels = logits[:, start : start + size], attributes[:, i]
-    loss += losses.cross_entropy(part, labels, label_smoothing=0.0)
+    value = losses.cross_entropy(part, labels, label_smoothing=0.0)
+    loss += weights.get(i, 1.0) * value
     hits += losses.accuracy(part, labels) / len(sizes)
     start += size
   return loss, hits
