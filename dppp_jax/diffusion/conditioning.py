@@ -125,10 +125,17 @@ def tokenize(
         continue
       if len(ids) > limit - 2:
         lost = tokenizer.decode(ids[limit - 2 :]).strip()
-        _complain(len(ids) + 2, limit, lost, is_fatal=long == "error")
+        if long == "error":
+          raise errors.UserError(
+            f"a prompt has {len(ids) + 2} tokens, {len(ids) + 2 - limit} over"
+            f' the encoder\'s {limit}, and "{lost}" would be lost: shorten it,'
+            " or set long_prompts to truncate or chunk"
+          )
         dropped[i] = max(dropped[i], lost, key=len)
       chunks.append([ids[: limit - 2]])
     every_chunks.append(chunks)
+  for lost in filter(None, dropped):
+    logging.warning("a prompt is cut at %d tokens; lost: %s", limit, lost)
   counts = np.array(
     [
       max(len(chunks[i]) for chunks in every_chunks)
@@ -200,16 +207,6 @@ def encode(
   at = jnp.zeros_like(counts) if pooled == "first" else counts - 1
   vector = jnp.take_along_axis(vector, at[:, None, None], axis=1)[:, 0]
   return Text(context, vector)
-
-
-def _complain(count: int, limit: int, lost: str, *, is_fatal: bool) -> None:
-  if is_fatal:
-    raise errors.UserError(
-      f"a prompt has {count} tokens, {count - limit} over the encoder's"
-      f' {limit}, and "{lost}" would be lost: shorten it, or set long_prompts'
-      " to truncate or chunk"
-    )
-  logging.warning("a prompt is cut at %d tokens; lost: %s", limit, lost)
 
 
 def _comma(tokenizer: Any) -> int | None:
