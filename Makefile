@@ -1,11 +1,11 @@
-# make demo | make test | make lint | make bench; each sets up .venv first.
+# make demo | test | lint | bench | pretrain; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 PIN := -c constraints.txt --disable-pip-version-check -q
 
-.PHONY: demo test lint bench setup setup-test clean
+.PHONY: demo test lint bench pretrain setup setup-test clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -37,6 +37,10 @@ lint: setup-test
 bench: setup-test
 	@for script in retrieval input_pipeline train_step; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+pretrain: setup
+	@$(BIN)/python launch/pretrain.py --config configs/pretrain_clip.py \
+	  --workdir runs/pretrain_clip
 
 clean:
 	rm -rf $(VENV) runs data
