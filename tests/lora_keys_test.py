@@ -47,23 +47,22 @@ def test_all_of_sdxl_under_the_original_names_as_diffusers_reads_them(sdxl):
   names = original.unet(shapes)
   others = {name: original.rename(name, names) for name in layers(net)}
   assert len(set(others.values())) == len(others)
-  value = torch.zeros(1)
   tensors = {
-    f"{kohya(other)}.{k}": value
-    for other in others.values()
+    f"{kohya(other)}.{k}": torch.tensor([i])
+    for i, other in enumerate(others.values())
     for k in ("lora_down.weight", "lora_up.weight", "alpha")
   }
   tensors = _BLOCKS(tensors, net.config)
   tensors, alphas = _BY_DIFFUSERS(tensors)
   assert len(alphas) == len(others)
-  seen = set()
-  for key in tensors:
+  seen = {}
+  for key, value in tensors.items():
     name = key.removeprefix("unet.").replace(".processor", "")
     if not name.endswith(".up.weight"):
       name = name.replace(".to_out_lora.", ".to_out.0.lora.")
       name = name.replace("_lora.down.", ".lora.down.")
-      seen.add(name.removesuffix(".lora.down.weight"))
-  assert seen == set(others)
+      seen[name.removesuffix(".lora.down.weight")] = value.item()
+  assert seen == {name: i for i, name in enumerate(others)}
   for name, other in others.items():
     found = table["unet", other.replace(".", "_")]
     assert (found.path, found.index) == paths(name), other
