@@ -225,6 +225,11 @@ class Sampler:
     height, width = components_lib.canvas(parts, images, size)
     keys = components_lib.seed_words(seeds, batch=batch)
     guidance = np.maximum(np.asarray(guidance, np.float32), 1)
+    if guidance.shape not in ((), (batch,)):
+      raise errors.UserError(
+        f"{guidance.size} guidance for {batch} prompts: give one for each, or"
+        " one for all"
+      )
     guidance = np.broadcast_to(guidance, (batch,))
     guided = bool((guidance > 1).any())
     length = -(-max(steps, 1) // _TABLE) * _TABLE
@@ -359,16 +364,18 @@ class Sampler:
     )
 
 
-def use_compilation_cache(folder: str | pathlib.Path) -> None:
+def use_compilation_cache(folder: str | pathlib.Path | None) -> None:
   """Keeps compiled programs on disk, for this process and later ones.
 
   A program of SDXL compiles for minutes and loads in seconds.
 
   Args:
-    folder: made if need be.
+    folder: made if need be; None: no longer.
   """
   from jax.experimental.compilation_cache import compilation_cache
 
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update(
+    "jax_compilation_cache_dir", None if folder is None else str(folder)
+  )
   # Whoever compiled something before this call made up JAX's mind already.
   compilation_cache.reset_cache()

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 import pathlib
 from typing import Any
 
-from dppp_jax import errors
+from dppp_jax import errors, types
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import schedulers
-from dppp_jax.weights import diffusers_folder, hub, load
+from dppp_jax.weights import diffusers_folder, hub, load, lora, lora_keys
 
 Path = str | pathlib.Path
 
@@ -18,6 +18,7 @@ def load_components(
   folder: Path,
   *,
   controlnets: Sequence[Path] | None = None,
+  loras: Sequence[lora.Lora] = (),
   scheduler: str | None = None,
   k_diffusion: bool = False,
   variant: str | None = None,
@@ -29,6 +30,7 @@ def load_components(
     folder: of a diffusers pipeline (model_index.json, unet/, vae/,
       text_encoder/ ...), or a hub id.
     controlnets: folders, files or hub ids; None: those in the folder, if any.
+    loras: merged into UNet and text encoders; see also `merge_loras`.
     scheduler: `euler_ancestral`, `euler`, `ddim` or `dpmpp_2m`, on the betas
       of the folder; None: the folder's own.
     k_diffusion: place the steps as k-diffusion (the WebUI) does, not as
@@ -45,6 +47,10 @@ def load_components(
   root = hub.resolve(folder, patterns=diffusers_folder.PATTERNS)
   index = hub.read_json(root / "model_index.json")
   options: dict[str, Any] = {"variant": variant, "stack_from": stack_from}
+  # What is quickly found wrong is looked at before gigabytes are read.
+  steps = _scheduler(root, scheduler, k_diffusion)
+  for path in controlnets or ():
+    hub.resolve(path, patterns=diffusers_folder.PATTERNS)
   config, unet = diffusers_folder.unet(root / "unet", **options)
   vae_config, vae = diffusers_folder.vae(root / "vae", variant=variant)
   params = {"unet": unet, "vae": vae}
@@ -73,14 +79,32 @@ def load_components(
     texts=tuple(texts),
     tokenizers=tuple(tokenizers),
     controlnets=tuple(net for net, _ in nets),
-    scheduler=_scheduler(root, scheduler, k_diffusion),
-    params=params,
+    scheduler=steps,
+    params=merge_loras(params, loras),
     zero_negative=bool(index.get("force_zeros_for_empty_prompt", True)),
     stack_from=stack_from,
     sample_size=size if isinstance(size, int) else None,
   )
   components_lib.check(found)
   return found
+
+
+def merge_loras(
+  params: types.Params, loras: Sequence[lora.Lora]
+) -> types.Params:
+  """Returns the parameters of Components with LoRAs merged into them.
+
+  Args:
+    params: as `Components.params`, without LoRAs; not changed.
+    loras: any number; another set is other numbers for the same program.
+
+  Raises:
+    errors.UserError: a file that is damaged or for another base model.
+  """
+  if not loras:
+    return params
+  some = {name: params[name] for name in lora_keys.COMPONENTS if name in params}
+  return params | lora.merge(some, loras)[0]
 
 
 def _scheduler(
