@@ -173,5 +173,5 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
   config.dppp.encoder_lr = 5e-5
   config.dppp.new_lr = 5e-4
   config.dppp.ptl_epochs = 5
-  config.dppp.psd_epochs = 3
+  config.dppp.psd_epochs = 8
   config.dppp.decay_epochs = (5,)
