@@ -82,6 +82,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   if arg == "smoke":
     data.num_images, data.num_held_out = 64, 32
-    train.batch_size, train.epochs = 10, 1
+    train.batch_size = 16
+    train.phases = (dict(train.phases[0], epochs=1),)
     model.vision.num_hidden_layers = model.text.num_hidden_layers = 2
   return config
