@@ -253,9 +253,11 @@ class _StageRun:
         ends_epoch = is_last or plan.epochs[self.step] != epoch
         evaluating = evaluator is not None and (
           is_last
-          or (ends_epoch
-          and options.eval_every > 0
-          and epoch % options.eval_every == 0)
+          or (
+            ends_epoch
+            and options.eval_every > 0
+            and epoch % options.eval_every == 0
+          )
         )
         if (
           self.step % options.log_every == 0
