@@ -307,6 +307,15 @@ def seen(points: np.ndarray, view: View, *, placement: Placement) -> Keypoints:
   return Keypoints(xy=xy, depth=depth, visible=visible)
 
 
+def half_width(size: tuple[int, int]) -> float:
+  """Returns half the width of sticks and dots in a drawing, pixels.
+
+  Args:
+    size: (height, width) of the drawing.
+  """
+  return max(0.9, 4.0 * max(size) / 512.0)
+
+
 def draw(points: Keypoints, *, size: tuple[int, int]) -> np.ndarray:
   """Draws a skeleton as OpenPose does: its colours, order and thickness.
 
@@ -324,7 +333,7 @@ def draw(points: Keypoints, *, size: tuple[int, int]) -> np.ndarray:
   # A thin stick has no colour at the size of a cell: three times finer.
   factor = 3 if height <= 256 else 1
   canvas = np.zeros((height * factor, width * factor, 3), np.uint8)
-  half = factor * max(0.9, 4.0 * max(height, width) / 512.0)
+  half = factor * half_width(size)
   xy = points.xy * factor - 0.5
   one = 1 << _SUBPIXEL
   for color, (a, b) in zip(COLORS, LIMBS, strict=False):
