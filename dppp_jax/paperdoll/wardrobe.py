@@ -138,7 +138,16 @@ def person(entropy: tuple[int, ...], *, palette: str = "even") -> Person:
     palette: "even" takes every colour equally often, "street" as streets do.
   """
   rng = np.random.default_rng(np.random.SeedSequence(entropy))
-  attributes = _attributes(rng, palette)
+  return dressed(_attributes(rng, palette), rng)
+
+
+def dressed(attributes: dict[str, str], rng: np.random.Generator) -> Person:
+  """Returns somebody who wears and is what the words say.
+
+  Args:
+    attributes: a word for every key of VALUES.
+    rng: of all that words leave open: shades, sizes, cuts.
+  """
   woman = attributes["gender"] == "woman"
   girth = {"slim": 0.86, "average": 1.0, "heavy": 1.24}[attributes["body"]]
   colors = {

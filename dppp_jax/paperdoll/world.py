@@ -109,7 +109,7 @@ def studio(
       who, gait, view, size=size, placement=placement, lighting=light,
       turn=float(rng.uniform(-20, 20)),
   )  # fmt: skip
-  ground = _backdrop(size, light, rng)
+  ground = backdrop(size, light, rng)
   ground = figures.shadow(drawn, ground, strength=0.25)
   words = light.words
   activity = poses.POSES[pose][0]
@@ -311,10 +311,19 @@ def _stance(
   return view, pose, gait
 
 
-def _backdrop(
+def backdrop(
   size: tuple[int, int], light: lights.Lighting, rng: np.random.Generator
 ) -> np.ndarray:
-  """Plain paper: one tone, a little darker towards the floor."""
+  """Draws plain paper: one tone, a little darker towards the floor.
+
+  Args:
+    size: (height, width), pixels.
+    light: that falls on it.
+    rng: of the tone.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
   height, width = size
   tone = rng.uniform(175.0, 225.0) + rng.uniform(-5.0, 5.0, 3)
   rows = np.linspace(1.02, 0.94, height, dtype=np.float32)[:, None]
