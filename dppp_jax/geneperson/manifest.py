@@ -2,16 +2,24 @@
 
 import collections
 from collections.abc import Mapping, Sequence
+from concurrent import futures
+import hashlib
 import importlib.metadata
 import pathlib
 import platform
 import subprocess
 from typing import Any
 
+import numpy as np
+
+from dppp_jax import trees
 from dppp_jax.geneperson import store
 
 _PACKAGES = (
   "dppp-jax",
+  "jax",
+  "jaxlib",
+  "flax",
   "numpy",
   "pillow",
   "opencv-python-headless",
@@ -20,20 +28,49 @@ _PACKAGES = (
 )
 
 
+def digest(tree: Any) -> str:
+  """Returns the SHA-256 of parameters: of their names, types and numbers.
+
+  Leaves are hashed in threads, since SDXL has ten gigabytes of them.
+
+  Args:
+    tree: nested dicts of arrays.
+  """
+
+  def one(item: tuple[str, Any]) -> bytes:
+    name, leaf = item
+    leaf = np.ascontiguousarray(leaf)
+    found = hashlib.sha256(f"{name} {leaf.dtype} {leaf.shape}".encode())
+    found.update(leaf.view(np.uint8) if leaf.ndim else leaf.tobytes())
+    return found.digest()
+
+  flat = sorted(trees.flatten(tree).items())
+  with futures.ThreadPoolExecutor() as pool:
+    return hashlib.sha256(b"".join(pool.map(one, flat))).hexdigest()
+
+
 def note(
-  records: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]
+  records: Sequence[Mapping[str, Any]],
+  dropped: Mapping[str, int],
+  *,
+  prompt: str = "",
+  seed: int | None = None,
 ) -> dict[str, Any]:
   """Returns what the journal keeps of an identity, of JSON types.
 
   Args:
     records: the pictures that are kept.
     dropped: number of the others by reason.
+    prompt: of the canvas; the first record's by default.
+    seed: of the canvas, if there is one.
   """
   tally = lambda key: dict(
     sorted(collections.Counter(record[key] for record in records).items())
   )
+  first = records[0]["prompt"] if records else ""
   return {
-    "prompt": records[0]["prompt"] if records else "",
+    "prompt": prompt or first,
+    "seed": seed,
     "dropped": {key: int(dropped[key]) for key in sorted(dropped)},
     "view": tally("view"),
     "lighting": tally("lighting"),
@@ -41,7 +78,11 @@ def note(
 
 
 def describe(
-  entries: Sequence[store.Entry], *, source: str, seed: int
+  entries: Sequence[store.Entry],
+  *,
+  source: str,
+  seed: int,
+  about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns what manifest.json says beside the configuration.
 
@@ -51,6 +92,7 @@ def describe(
     entries: of every identity, with what `note` made.
     source: what the pictures are, in words.
     seed: of the people.
+    about: what else is to be said, e.g. which networks drew them.
   """
   totals = {
     key: collections.Counter() for key in ("dropped", "view", "lighting")
@@ -59,18 +101,24 @@ def describe(
     for key, total in totals.items():
       total.update(entry.note[key])
   ordered = {key: dict(sorted(total.items())) for key, total in totals.items()}
+  images = sum(entry.images for entry in entries)
+  seeds = {str(entry.pid): entry.note.get("seed") for entry in entries}
   return {
     "source": source,
+    **(about or {}),
     "seed": seed,
     "identities": sum(entry.images > 0 for entry in entries),
     "identities_without_images": sum(not entry.images for entry in entries),
-    "images": sum(entry.images for entry in entries),
+    # Both counts: the paper cuts 6,641 x 42 cells and publishes 130,519.
+    "cells": images + sum(ordered["dropped"].values()),
+    "images": images,
     "images_per_view": ordered["view"],
     "images_per_lighting": ordered["lighting"],
     "dropped": ordered["dropped"],
     "versions": _versions(),
     "commit": _commit(),
     "prompts": {str(entry.pid): entry.note["prompt"] for entry in entries},
+    "seeds": {pid: seed for pid, seed in seeds.items() if seed is not None},
   }
 
 

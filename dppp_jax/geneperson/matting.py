@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -77,6 +78,27 @@ class Matting:
     join = lambda i: np.concatenate([np.asarray(p[i]) for p in parts])[:count]
     return Mattes(join(0), join(1))
 
+  def dispatch(self, cells: types.Array) -> Mattes:
+    """Returns the mattes of the cells of many canvases, still being computed.
+
+    Canvas by canvas in one program, so that it needs the memory of one.
+
+    Args:
+      cells: uint8 [B, N, H, W, 3], on the device or not.
+
+    Returns:
+      alpha [B, N, H, W] and peak [B, N], on the device.
+    """
+    return Mattes(
+      *_canvases(
+        self.network,
+        tuple(self.size),
+        self.variables,
+        cells,
+        jnp.float32(self.min_peak),
+      )
+    )
+
 
 def load(
   spec: str | pathlib.Path,
@@ -136,6 +158,13 @@ def _run(
 
 
 _program = jax.jit(_run, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _canvases(network, size, variables, cells, min_peak):
+  return jax.lax.map(
+    lambda some: _run(network, size, variables, some, min_peak), cells
+  )
 
 
 def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:

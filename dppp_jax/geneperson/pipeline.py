@@ -1,22 +1,18 @@
 """The driver: makes people one after the other and puts them into the store.
 
 Whoever makes the pictures (drawn paper dolls, or the diffusion sampler) is a
-function from a pid to records; everything here is the same for both.
+function from a pid to records, or makes people in batches; everything here is
+the same for both.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-import contextlib
 import dataclasses
 import io
 import itertools
-import multiprocessing
 import os
 import pathlib
-import signal
-import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -24,29 +20,12 @@ import PIL.Image
 
 from dppp_jax import errors, interrupts, logs
 from dppp_jax.data import images
-from dppp_jax.geneperson import dataset, disk, manifest
+from dppp_jax.geneperson import dataset, manifest, watch, workers
+from dppp_jax.geneperson import identity as identity_lib
 from dppp_jax.geneperson import store as store_lib
 
-_SHEET = (8, 12)  # Rows (people) and columns (pictures) of a contact sheet.
 _AHEAD = 2  # Identities that are being encoded while the next one is made.
-_QUIET_SECONDS = 30.0  # Between log lines where there is no progress bar.
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-  """What a maker made of one pid.
-
-  Attributes:
-    records: one mapping per picture with the keys of dataset.RECORD_KEYS;
-      `image` is uint8 [H, W, 3] RGB or JPEG bytes.
-    dropped: number of cells that were thrown away, by reason.
-  """
-
-  records: Sequence[Mapping[str, Any]]
-  dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-
-MakeIdentity = Callable[[int], Identity | Iterable[Mapping[str, Any]]]
+Identity = identity_lib.Identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +38,8 @@ class Outcome:
     made: identities that this run made.
     missing: identities that nobody has made yet.
     signal: number of the signal that stopped the run, or 0.
+    cells: pictures that were made for the whole dataset, where it is finished.
+    images: those of them that are kept.
   """
 
   folder: pathlib.Path
@@ -66,6 +47,8 @@ class Outcome:
   made: int
   missing: int
   signal: int = 0
+  cells: int = 0
+  images: int = 0
 
   @property
   def exit_code(self) -> int:
@@ -77,7 +60,10 @@ class Outcome:
     if self.finished and not self.made:
       return f"{self.folder}: is finished, nobody was left to make"
     if self.finished:
-      return f"{self.folder}: finished, {self.made} people made in this run"
+      return (
+        f"{self.folder}: finished, {self.made} people made in this run; of"
+        f" {self.cells:,} cells {self.images:,} were kept"
+      )
     if self.signal:
       return (
         f"{self.folder}: stopped with {self.missing} people to go: run the same"
@@ -90,7 +76,7 @@ class Outcome:
 
 
 def run(
-  make_identity: MakeIdentity,
+  maker: identity_lib.MakeIdentity | identity_lib.BatchMaker,
   *,
   data_dir: str | os.PathLike,
   num_identities: int,
@@ -104,14 +90,17 @@ def run(
   sheet_every: int = 100,
   num_threads: int = 2,
   num_processes: int = 0,
+  about: Mapping[str, Any] | None = None,
 ) -> Outcome:
   """Makes every identity that is not in the store yet, then finalises it.
 
-  Stop it whenever you like: SIGTERM and Ctrl-C end it between two identities, a
-  kill -9 loses the ones in progress, and the same call goes on from there.
+  Stop it whenever you like: SIGTERM and Ctrl-C end it after the identities (or
+  the batches of them) in progress, a kill -9 loses those, and the same call
+  goes on from there.
 
   Args:
-    make_identity: pid -> Identity or records; a pure function of the pid.
+    maker: pid -> Identity or records, a pure function of the pid; or a maker
+      of batches.
     data_dir: what `tfds.load` will take as data_dir.
     num_identities: pids are 0 .. num_identities - 1.
     seed: for the choice of pictures where there are more than `cap`; the
@@ -124,8 +113,12 @@ def run(
     cap: pictures kept of one identity at most.
     quality: of the JPEGs.
     sheet_every: identities between two contact sheets; 0 for none.
-    num_threads: of the JPEG encoder.
-    num_processes: that call make_identity (which must pickle); 0 for this one.
+    num_threads: of the JPEG encoder, and of the fusion where pictures come as
+      functions.
+    num_processes: that call a maker of single people (which must pickle); 0
+      for this one.
+    about: what the manifest says besides, of JSON types; nothing that the
+      pictures depend on.
 
   Returns:
     The outcome.
@@ -154,106 +147,56 @@ def run(
     if store.finished:
       return Outcome(store.folder, True, 0, 0)
     made = 0
-    sheet = _Sheet(store.scratch, every=sheet_every)
+    sheet = watch.Sheet(store.scratch, every=sheet_every)
+    is_batch = isinstance(maker, identity_lib.BatchMaker)
     with (
       interrupts.Interrupts("stopping after the people in progress") as signals,
       futures.ThreadPoolExecutor(num_threads) as pool,
-      _Progress(store.num_done, len(store.todo)) as progress,
     ):
+      stopped = lambda: bool(signals.number)
       if store.num_done:
         logs.say(f"resuming: {store.num_done} people are there already")
-      people = _make(make_identity, store.todo, signals, num_processes)
-      for pid, jobs, dropped in _encoded(
-        people, pool, cap=cap, seed=seed, size=image_size, quality=quality
-      ):
-        records = [job.result() for job in jobs]
-        store.append(
-          pid,
-          [dataset.serialize(record, spec) for record in records],
-          manifest.note(records, dropped),
+      if is_batch:
+        if store.todo:
+          maker.prepare(stopped=stopped)
+        pids = itertools.takewhile(lambda _: not stopped(), store.todo)
+        people = maker.people(pids)
+      else:
+        people = workers.make(
+          maker, store.todo, stopped=stopped, num_processes=num_processes
         )
-        made += 1
-        progress.update(len(records))
-        sheet.add(pid, records)
+      unit = maker.unit if is_batch else "people"
+      with watch.Progress(
+        store.num_done, len(store.todo), unit=unit
+      ) as progress:
+        for pid, person, jobs, dropped in _encoded(
+          people, pool, cap=cap, seed=seed, size=image_size, quality=quality
+        ):
+          records = [job.result() for job in jobs]
+          store.append(
+            pid,
+            [dataset.serialize(record, spec) for record in records],
+            manifest.note(
+              records, dropped, prompt=person.prompt, seed=person.seed
+            ),
+          )
+          made += 1
+          progress.update(len(records), sum(dropped.values()))
+          sheet.add(pid, records, person.canvas)
     missing = store.missing()
     if missing:
       return Outcome(store.folder, False, made, missing, signals.number)
-    folder = store.finalize(
-      lambda entries: manifest.describe(entries, source=source, seed=seed)
-    )
-  return Outcome(folder, True, made, 0)
+    totals = {}
 
+    def describe(entries: Sequence[store_lib.Entry]) -> dict[str, Any]:
+      told = manifest.describe(
+        entries, source=source, seed=seed, about=about or {}
+      )
+      totals.update(cells=told["cells"], images=told["images"])
+      return told
 
-def _make(
-  make_identity: MakeIdentity,
-  pids: Sequence[int],
-  signals: interrupts.Interrupts,
-  num_processes: int,
-) -> Iterator[tuple[int, Identity]]:
-  """Yields (pid, identity) in the order of the pids, until a signal."""
-  if not num_processes:
-    for pid in pids:
-      if signals.number:
-        return
-      yield pid, _call(make_identity, pid)
-    return
-  left, begun = iter(pids), collections.deque()
-  with futures.ProcessPoolExecutor(
-    min(num_processes, max(1, len(pids))),
-    # A fork of a process with threads may hang.
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=_in_worker,
-  ) as pool:
-    with _deaf():  # Each of the first submissions starts a process.
-      for pid in itertools.islice(left, num_processes):
-        begun.append((pid, pool.submit(_call, make_identity, pid)))
-    while not signals.number:
-      for pid in itertools.islice(left, 2 * num_processes - len(begun)):
-        begun.append((pid, pool.submit(_call, make_identity, pid)))
-      if not begun:
-        break
-      pid, future = begun.popleft()
-      try:
-        yield pid, future.result()
-      except futures.process.BrokenProcessPool as error:
-        raise errors.UserError(
-          f"a process that makes people died at pid {pid} (out of memory?):"
-          " run again with fewer --num_processes"
-        ) from error
-    pool.shutdown(cancel_futures=True)
-
-
-def _call(make_identity: MakeIdentity, pid: int) -> Identity:
-  made = make_identity(pid)
-  if isinstance(made, Identity):
-    return made
-  return Identity(list(made))
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-  """Lets processes be born deaf to Ctrl-C, which goes to all on a terminal."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, old)
-
-
-def _in_worker() -> None:
-  """Leaves Ctrl-C to the parent, and ends when the parent was killed."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = os.getppid()
-
-  def watch():
-    while os.getppid() == parent:
-      time.sleep(1.0)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
+    folder = store.finalize(describe)
+  return Outcome(folder, True, made, 0, **totals)
 
 
 def _encoded(
@@ -264,13 +207,13 @@ def _encoded(
   seed: int,
   size: tuple[int, int],
   quality: int,
-) -> Iterator[tuple[int, list[futures.Future], dict[str, int]]]:
-  """Yields (pid, records being encoded, dropped); begins the next ones too."""
+) -> Iterator[tuple[int, Identity, list[futures.Future], dict[str, int]]]:
+  """Yields (pid, identity, records being encoded, dropped), some ahead."""
   begun = collections.deque()
   for pid, identity in people:
     records, dropped = _cap(identity, cap=cap, seed=seed, pid=pid)
     jobs = [pool.submit(_encode, r, pid, size, quality) for r in records]
-    begun.append((pid, jobs, dropped))
+    begun.append((pid, identity, jobs, dropped))
     if len(begun) >= _AHEAD:
       yield begun.popleft()
   yield from begun
@@ -294,6 +237,8 @@ def _encode(
 ) -> dict[str, Any]:
   """Returns the record with JPEG bytes for its image."""
   image = record["image"]
+  if callable(image):
+    image = image()
   if record["pid"] != pid:
     raise ValueError(f"asked for pid {pid}, got one of {record['pid']}")
   if isinstance(image, bytes):
@@ -322,65 +267,3 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
       " as 256,128"
     )
   return size[0], size[1]
-
-
-class _Progress:
-  """Identities/s, images/s and time left: a bar, or a log line at times."""
-
-  def __init__(self, done: int, todo: int):
-    self._bar = logs.progress(
-      total=done + todo, initial=done, desc="geneperson", unit="person"
-    )
-    self._done, self._total = 0, todo
-    self._images = 0
-    self._start = self._last = time.monotonic()
-
-  def __enter__(self) -> "_Progress":
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._bar.close()
-
-  def update(self, num_images: int) -> None:
-    """Counts one more identity."""
-    self._done += 1
-    self._images += num_images
-    now = time.monotonic()
-    seconds = max(now - self._start, 1e-9)
-    speed = f"{self._images / seconds:.1f} images/s"
-    self._bar.set_postfix_str(speed, refresh=False)
-    self._bar.update()
-    if self._bar.disable and now - self._last > _QUIET_SECONDS:
-      self._last = now
-      left = seconds / self._done * (self._total - self._done)
-      logs.say(
-        f"{self._done} of {self._total} people, {speed}, {left:.0f} s left"
-      )
-
-
-class _Sheet:
-  """A picture of the last people made, once in a while, to look at."""
-
-  def __init__(self, folder: pathlib.Path, *, every: int):
-    self._folder, self._every, self._count = folder, every, 0
-    self._rows: collections.deque[list[bytes]] = collections.deque(
-      maxlen=_SHEET[0]
-    )
-
-  def add(self, pid: int, records: Sequence[Mapping[str, Any]]) -> None:
-    """Takes an identity; writes a sheet when it is time."""
-    if not self._every:
-      return
-    self._rows.append([record["image"] for record in records[: _SHEET[1]]])
-    self._count += 1
-    if self._count % self._every and self._count != 1:
-      return
-    rows = [
-      [images.decode(data, name="contact sheet") for data in row]
-      for row in self._rows
-    ]
-    with disk.reported(self._folder):
-      self._folder.mkdir(exist_ok=True)
-      scratch = self._folder.parent / f"sheet-{pid:06d}.png"
-      PIL.Image.fromarray(images.contact_sheet(rows)).save(scratch)
-      scratch.replace(self._folder / f"contact_sheet-{pid:06d}.png")

@@ -1,0 +1,55 @@
+"""What makers hand to the driver: one person, and the numbers behind it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What a maker made of one pid.
+
+  Attributes:
+    records: one mapping per picture with the keys of dataset.RECORD_KEYS;
+      `image` is uint8 [H, W, 3] RGB, JPEG bytes, or a function of nothing that
+      returns the former and is called in another thread.
+    dropped: number of cells that were thrown away, by reason.
+    prompt: that of the canvas; that of the first record by default.
+    seed: of the canvas, where there is one.
+    canvas: uint8 [H, W, 3] as it was generated, to look at.
+  """
+
+  records: Sequence[Mapping[str, Any]]
+  dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  prompt: str = ""
+  seed: int | None = None
+  canvas: np.ndarray | None = None
+
+
+MakeIdentity = Callable[[int], Identity | Iterable[Mapping[str, Any]]]
+
+
+@runtime_checkable
+class BatchMaker(Protocol):
+  """Makes many people at once; each is a pure function of its pid all the same.
+
+  Attributes:
+    unit: what it makes, in the plural, for the progress bar.
+  """
+
+  unit: str
+
+  def prepare(self, *, stopped: Callable[[], bool]) -> None:
+    """Makes what everybody shares; leaves early where `stopped()`."""
+
+  def people(self, pids: Iterable[int]) -> Iterator[tuple[int, Identity]]:
+    """Yields the people of the pids in their order, reading some ahead."""
+
+
+def seed_of(*words: str | int) -> int:
+  """Returns a seed in 0 .. 2^64 - 1 that depends on the words alone."""
+  text = "/".join(map(str, words)).encode()
+  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,0 +1,135 @@
+"""What there is to look at while people are made: a bar and contact sheets."""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tqdm
+
+from dppp_jax import logs
+from dppp_jax.data import images
+from dppp_jax.geneperson import disk
+
+_SHEET = (8, 12)  # Rows (people) and columns (pictures) of a contact sheet.
+_CANVASES = 4  # Side by side on a sheet of raw canvases.
+_QUIET_SECONDS = 30.0  # Between log lines where there is no progress bar.
+
+
+class Progress:
+  """Canvases/s, images/s, drop rate, time left: a bar, or a line at times.
+
+  Args:
+    done: people that earlier runs made.
+    todo: people that this run is to make.
+    unit: what a person is called, in the plural.
+    clock: seconds, for tests.
+  """
+
+  def __init__(
+    self,
+    done: int,
+    todo: int,
+    *,
+    unit: str = "people",
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._bar = logs.progress(
+      total=done + todo, initial=done, desc="geneperson", unit=f" {unit}"
+    )
+    self._done, self._total, self._unit = 0, todo, unit
+    self._images = self._dropped = 0
+    self._clock = clock
+    self._start = self._last = clock()
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._bar.close()
+
+  def update(self, num_images: int, num_dropped: int) -> None:
+    """Counts one more identity, its pictures and those thrown away."""
+    self._done += 1
+    self._images += num_images
+    self._dropped += num_dropped
+    self._bar.set_postfix_str(self.text(), refresh=False)
+    self._bar.update()
+    now = self._clock()
+    if self._bar.disable and now - self._last > _QUIET_SECONDS:
+      self._last = now
+      left = (now - self._start) / self._done * (self._total - self._done)
+      logs.say(
+        f"{self._done} of {self._total} {self._unit}, {self.text()},"
+        f" {tqdm.tqdm.format_interval(left)} left"
+      )
+
+  def text(self) -> str:
+    """Returns the rates so far."""
+    seconds = max(self._clock() - self._start, 1e-9)
+    cells = self._images + self._dropped
+    return (
+      f"{self._done / seconds:.2f} {self._unit}/s,"
+      f" {self._images / seconds:.1f} images/s,"
+      f" {self._dropped / max(cells, 1):.0%} dropped"
+    )
+
+
+class Sheet:
+  """A picture of the last people made, once in a while, to look at.
+
+  Args:
+    folder: where the sheets go; made if need be.
+    every: people between two of them; 0 for none.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, every: int):
+    self._folder, self._every, self._count = folder, every, 0
+    self._rows: collections.deque[list[bytes]] = collections.deque(
+      maxlen=_SHEET[0]
+    )
+    self._canvases: collections.deque[np.ndarray] = collections.deque(
+      maxlen=_CANVASES
+    )
+
+  def add(
+    self,
+    pid: int,
+    records: Sequence[Mapping[str, Any]],
+    canvas: np.ndarray | None = None,
+  ) -> None:
+    """Takes an identity; writes a sheet when it is time.
+
+    Args:
+      pid: whose name the sheet gets.
+      records: with JPEG bytes.
+      canvas: uint8 [H, W, 3] as it was generated, if it was.
+    """
+    if not self._every:
+      return
+    self._rows.append([record["image"] for record in records[: _SHEET[1]]])
+    if canvas is not None:
+      self._canvases.append(canvas)
+    self._count += 1
+    if self._count % self._every and self._count != 1:
+      return
+    rows = [
+      [images.decode(data, name="contact sheet") for data in row]
+      for row in self._rows
+    ]
+    self._write(f"contact_sheet-{pid:06d}.png", images.contact_sheet(rows))
+    if self._canvases:
+      # Canvases of one run are of one size; JPEG, since each is a megapixel.
+      self._write(
+        f"canvases-{pid:06d}.jpg", np.concatenate([*self._canvases], axis=1)
+      )
+
+  def _write(self, name: str, picture: np.ndarray) -> None:
+    with disk.reported(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      scratch = self._folder.parent / f"scratch-{name}"
+      PIL.Image.fromarray(picture).save(scratch)
+      scratch.replace(self._folder / name)
