@@ -104,6 +104,29 @@ class Subset:
     return self._source.read(int(self._indices[i]))
 
 
+class Records:
+  """N examples without a picture: what they are stands in a stage's extras.
+
+  Args:
+    num: N.
+  """
+
+  def __init__(self, num: int):
+    self.pids = np.arange(num)
+    self.camids = np.zeros(num, np.int64)
+
+  def __len__(self) -> int:
+    return len(self.pids)
+
+  def name(self, i: int) -> str:
+    """Returns "record[i]"."""
+    return f"record[{i}]"
+
+  def read(self, i: int) -> np.ndarray:
+    """There is no picture to read."""
+    raise TypeError(f"{self.name(i)} has no picture")
+
+
 def first_ids(source: Source, num: int) -> Source:
   """Returns the pictures of the first `num` persons, or all for 0."""
   if not num:

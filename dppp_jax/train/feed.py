@@ -1,9 +1,8 @@
 """Batches for the loop, in either placement, from any source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax import errors
@@ -27,6 +26,7 @@ class Feed:
     pids: int64 [N].
     labels: int32 [N], classes 0 .. C - 1 in the order of the pids.
     resident: {"image": uint8 [N, H, W, 3]} on the device, or nothing.
+    has_pictures: False for `source.Records`.
 
   Raises:
     errors.UserError: an unknown placement, or a corrupt picture.
@@ -56,25 +56,33 @@ class Feed:
     self.pids = np.asarray(source.pids)
     self.labels = np.unique(self.pids, return_inverse=True)[1].astype(np.int32)
     self.resident: dict[str, jax.Array] = {}
-    if placement == "device":
+    self.has_pictures = not isinstance(source, source_lib.Records)
+    if placement == "device" and self.has_pictures:
       self.resident["image"] = jax.device_put(self._load())
 
   def batches(
-    self, plan: sampler.Plan, start: int
+    self,
+    plan: sampler.Plan,
+    start: int,
+    on_disk: Mapping[str, np.ndarray] | None = None,
   ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of the plan from step `start` on, on the device.
 
-    A batch is {"index": int32 [B]}, and on the host placement also
-    {"image": uint8 [B, H, W, 3]}.
+    A batch is {"index": int32 [B]}, on the host placement also {"image":
+    uint8 [B, H, W, 3]}, and the rows of what lies on disk.
+
+    Args:
+      plan: what stands in which batch.
+      start: the first step wanted.
+      on_disk: arrays [N, ...] of which only a batch's rows are read.
     """
-    if self.resident:
-      for indices in plan.indices[start:]:
-        yield {"index": jnp.asarray(indices)}
-      return
-    batches = loader.host_batches(
-      self._source, plan, start_step=start, **self._read
-    )
-    yield from loader.device_prefetch(batches)
+    if self.resident or not self.has_pictures:
+      batches = ({"index": indices} for indices in plan.indices[start:])
+    else:
+      batches = loader.host_batches(
+        self._source, plan, start_step=start, **self._read
+      )
+    yield from loader.device_prefetch(_with_rows(batches, on_disk or {}))
 
   def _load(self) -> np.ndarray:
     """Reads all pictures; one that is skipped gives its place to a twin."""
@@ -89,3 +97,10 @@ class Feed:
       twins = kept[self.pids[kept] == self.pids[lost]]
       place[lost] = place[twins[lost % len(twins)]]
     return pictures[place]
+
+
+def _with_rows(batches, on_disk):
+  """Adds to each batch the rows of arrays that are not in memory."""
+  for batch in batches:
+    rows = {k: np.asarray(x[batch["index"]]) for k, x in on_disk.items()}
+    yield {**batch, **rows}

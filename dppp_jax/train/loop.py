@@ -26,6 +26,8 @@ from dppp_jax.train import step as step_lib
 
 # (stage name, params) -> metrics such as {"market1501/mAP": .3}.
 Evaluator = Callable[[str, types.Params], Mapping[str, float]]
+# (stage name, step of the stage, params) -> metrics, perhaps none.
+Watcher = Callable[[str, int, types.Params], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Options:
     checkpoint_every: steps between two checkpoints within a stage.
     eval_every: epochs between two evaluations; the end of a stage is always
       evaluated; 0 for the end only.
+    watch_every: steps between two looks of the watcher; 0 for none.
     best_metric: evaluator's metric by which the best checkpoint is kept.
     tensorboard: whether TensorBoard files are written too.
   """
@@ -61,6 +64,7 @@ class Options:
   log_every: int = 50
   checkpoint_every: int = 1000
   eval_every: int = 0
+  watch_every: int = 0
   best_metric: str | None = None
   tensorboard: bool = False
 
@@ -72,7 +76,7 @@ class Outcome:
   Attributes:
     finished: False where a signal stopped it; run again to go on.
     step: global step.
-    params: nested dict.
+    params: nested dict; averaged, where the last stage keeps averages.
   """
 
   finished: bool
@@ -87,6 +91,7 @@ def fit(
   workdir: str | pathlib.Path,
   options: Options,
   evaluator: Evaluator | None = None,
+  watcher: Watcher | None = None,
 ) -> Outcome:
   """Trains the stages one after the other, from where the run folder stands.
 
@@ -96,6 +101,8 @@ def fit(
     workdir: run folder; receives checkpoints/ and metrics.jsonl.
     options: see `Options`.
     evaluator: called at the end of a stage, and between, see `Options`.
+    watcher: called every `watch_every` steps, e.g. to draw samples; both see
+      averaged parameters, where a stage keeps averages.
 
   Returns:
     The outcome; on SIGTERM or Ctrl-C everything is saved first.
@@ -152,17 +159,20 @@ def fit(
           manager=manager,
           writer=writer,
           evaluator=evaluator,
+          watcher=watcher,
           signals=signals,
         )
         if not done:
           manager.wait()
           step = int(offsets[number]) + run.step
           logs.say(f"stopped at step {step}; run again to go on")
-          return Outcome(False, step, params)
+          return Outcome(False, step, stage_lib.averaged(params, collections))
     finally:
       manager.close()
       writer.close()
-  return Outcome(True, int(offsets[-1]), params)
+  return Outcome(
+    True, int(offsets[-1]), stage_lib.averaged(params, collections)
+  )
 
 
 class _StageRun:
@@ -194,6 +204,7 @@ class _StageRun:
     manager: checkpoints.Manager,
     writer: logs.Writer,
     evaluator: Evaluator | None,
+    watcher: Watcher | None,
     signals: interrupts.Interrupts,
   ):
     """Runs from step `begin` to the stage's end or to a signal."""
@@ -203,18 +214,20 @@ class _StageRun:
     self.step = begin
     if opt is None:
       opt = step_lib.make_tx(stage, rates).init(trainable)
+      collections = _begin_average(collections, trainable, stage.ema)
     state = jax.device_put((trainable, collections, opt))
     frozen = jax.device_put(frozen)
+    disk = {k: x for k, x in stage.extras.items() if isinstance(x, np.memmap)}
     dataset = jax.device_put(
       {
         "label": feed.labels,
         **feed.resident,
-        **{k: np.asarray(x) for k, x in stage.extras.items()},
+        **{k: np.asarray(x) for k, x in stage.extras.items() if k not in disk},
       }
     )
     if begin >= total:
       return self._join(state, frozen), state[1], state[2], True
-    batches = feed.batches(plan, begin)
+    batches = feed.batches(plan, begin, disk)
     step_fn, names = step_lib.make_step(
       stage,
       rates,
@@ -259,8 +272,14 @@ class _StageRun:
             and epoch % options.eval_every == 0
           )
         )
+        watching = (
+          watcher is not None
+          and options.watch_every > 0
+          and (is_last or self.step % options.watch_every == 0)
+        )
         if (
           self.step % options.log_every == 0
+          or watching
           or saving
           or evaluating
           or self.step == 1
@@ -271,9 +290,14 @@ class _StageRun:
           pending, clock = [], time.monotonic()
         results = None
         if evaluating:
-          results = evaluator(stage.name, self._join(state, frozen))
+          results = evaluator(stage.name, self._averaged(state, frozen))
           if results:
             writer.write(self.offset + self.step, stage.name, results)
+          clock = time.monotonic()
+        if watching:
+          seen = watcher(stage.name, self.step, self._averaged(state, frozen))
+          if seen:
+            writer.write(self.offset + self.step, stage.name, seen)
           clock = time.monotonic()
         if saving or evaluating:
           manager.save(
@@ -292,6 +316,9 @@ class _StageRun:
 
   def _join(self, state, frozen) -> types.Params:
     return trees.unflatten({**state[0], **frozen})
+
+  def _averaged(self, state, frozen) -> types.Params:
+    return stage_lib.averaged(self._join(state, frozen), state[1])
 
   def _log(self, pending, names, pids, writer, epoch, factor, clock, bar):
     """Fetches the metrics of the last steps, checks them, writes their mean."""
@@ -350,6 +377,16 @@ def _plan(
     epochs=stage.epochs,
     seed=seed,
   )
+
+
+def _begin_average(collections, trainable, decay):
+  """Returns the collections with a stage's own average, or without any."""
+  others = {k: v for k, v in collections.items() if k != "ema"}
+  if decay is None:
+    return others
+  # A copy: both are donated to the step.
+  copies = {k: jnp.array(x, jnp.float32) for k, x in trainable.items()}
+  return {**others, "ema": trees.unflatten(copies)}
 
 
 def _abstract_opt(

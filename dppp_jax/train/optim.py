@@ -89,6 +89,29 @@ def apply(
   }
 
 
+def average(
+  before: types.Params,
+  params: Mapping[str, jax.Array],
+  *,
+  decay: float,
+  step: jax.Array,
+) -> types.Params:
+  """Moves an average of parameters towards those of a step, in float32.
+
+  Args:
+    before: the average so far, nested.
+    params: {name: leaf} after the step.
+    decay: weight of what was, at most: early steps weigh (1 + step) /
+      (10 + step), or a random beginning would stay in the average for long.
+    step: int [], counted from 0.
+  """
+  weight = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  before = trees.flatten(before)
+  return trees.unflatten(
+    {k: weight * before[k] + (1 - weight) * x for k, x in params.items()}
+  )
+
+
 def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
   """Returns the global L2 norm in float32; zero for no gradients at all."""
   squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()]

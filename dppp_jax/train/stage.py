@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dppp_jax import types
+from dppp_jax import trees, types
 from dppp_jax.data import transforms
 
 
@@ -109,6 +109,19 @@ def warmup_cosine(*, warmup: float, final: float = 0.0) -> Schedule:
   return schedule
 
 
+def averaged(
+  params: types.Params, collections: types.Collections
+) -> types.Params:
+  """Returns parameters with their moving averages in the place of the last.
+
+  Args:
+    params: nested dict.
+    collections: of the same moment; without "ema" nothing is averaged.
+  """
+  average = trees.flatten(collections.get("ema", {}))
+  return trees.unflatten({**trees.flatten(params), **average})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
   """One training stage.
@@ -128,7 +141,11 @@ class Stage:
       True is AdamW, and then spares vectors (biases, norms).
     bias_lr_multiplier: factor of the rate of every parameter named "bias".
     clip_norm: global norm that trainable gradients are clipped to, or None.
-    extras: per-example arrays [N, ...] that are gathered into the batch.
+    extras: per-example arrays [N, ...] that are gathered into the batch. They
+      are kept on the device, but for a `np.memmap`: of that the rows of each
+      batch are read from the disk, a batch ahead.
+    ema: decay of a moving average of the trainable parameters, or None. It is
+      the collection "ema"; see `averaged`.
   """
 
   name: str
@@ -144,3 +161,4 @@ class Stage:
   bias_lr_multiplier: float = 2.0
   clip_norm: float | None = None
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  ema: float | None = None

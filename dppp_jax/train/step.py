@@ -46,11 +46,15 @@ def make_step(
 
   def step_fn(state, frozen, dataset, feed, step, factor):
     trainable, collections, opt = state
+    collections = dict(collections)
+    average = collections.pop("ema", None)  # Not the loss' business.
     root = jax.random.key(seed)
     key = rngs.at_step(rngs.stream(root, stage.name), step)
     batch = {k: x[feed["index"]] for k, x in dataset.items()} | dict(feed)
-    pictures = batch["image"]
-    if stage.augment is None:
+    pictures = batch.get("image")
+    if pictures is None:  # The stage's extras are all there is.
+      pass
+    elif stage.augment is None:
       batch["image"] = transforms.normalize(pictures, mean=mean, std=std)
     else:
       batch["image"] = transforms.augment(
@@ -68,8 +72,13 @@ def make_step(
     }
     names[:] = metrics
     values = jnp.stack([jnp.asarray(x, jnp.float32) for x in metrics.values()])
-    state = (optim.apply(trainable, updates, factor), aux.collections, opt)
-    return state, values
+    trainable = optim.apply(trainable, updates, factor)
+    collections = dict(aux.collections)
+    if stage.ema is not None:
+      collections["ema"] = optim.average(
+        average, trainable, decay=stage.ema, step=step
+      )
+    return (trainable, collections, opt), values
 
   return step_fn, names
 
