@@ -1,11 +1,15 @@
 """Pre-trains the small networks of the embedded default.
 
-python launch/pretrain.py --config configs/pretrain_clip.py --workdir runs/clip
+python launch/pretrain.py --config configs/pretrain_vae.py --workdir runs/vae
+
+Each network has a configuration of its own, configs/pretrain_*.py; `make
+pretrain` trains all of them in order.
 """
 
 from absl import flags
 
-from dppp_jax import cli, pretraining
+from dppp_jax import cli
+from dppp_jax.pretraining import methods
 
 
 def define_flags():
@@ -17,7 +21,7 @@ def define_flags():
 
 def main(args) -> int:
   """Trains, and says where the network lies."""
-  folder = pretraining.train_clip(args.config.to_dict(), args.workdir)
+  folder = methods.train(args.config.to_dict(), args.workdir)
   if folder is None:
     print(f"stopped; run the same command again to go on in {args.workdir}")
     return 0

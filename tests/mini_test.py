@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 
-from dppp_jax import demo, pretraining
+from dppp_jax import demo
 from dppp_jax.evals import zeroshot
 from dppp_jax.models import clip
 from dppp_jax.paperdoll import wardrobe, world
+from dppp_jax.pretraining import clip as clip_pretraining
 from dppp_jax.weights import load
 
 _FOLDER = demo.MINI_CLIP
@@ -88,7 +89,8 @@ def test_card_says_what_was_measured():
   metrics = json.loads((_FOLDER / "metrics.json").read_text())
   config = json.loads((_FOLDER / "training.json").read_text())
   assert (
-    pretraining.card(config, metrics) == (_FOLDER / "README.md").read_text()
+    clip_pretraining.card(config, metrics)
+    == (_FOLDER / "README.md").read_text()
   )
   for attribute in ("upper_color", "lower_color"):
     assert metrics["studio"]["zero_shot"][attribute] >= 0.9

@@ -28,7 +28,7 @@ _REPORTED = (
 )  # fmt: skip
 
 
-def train_clip(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
+def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   """Pre-trains a CLIP on studio people, exports it, and measures it.
 
   Args:

@@ -1,0 +1,76 @@
+"""The mini VAE: an AutoencoderKL on drawn studio canvases and places.
+
+  python launch/pretrain.py --config configs/pretrain_vae.py \
+    --workdir runs/pretrain_vae
+
+Ends with the folder `workdir/vae` in diffusers' layout, its card with the
+measured PSNR, and metrics.json; pictures over reconstructions lie in
+`workdir/sheets`. On a GPU: `--config.dtype=bfloat16`. `:smoke` takes seconds
+and learns nothing.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  """Returns the configuration of a preset: "" or "smoke"."""
+  if arg not in ("", "smoke"):
+    raise ValueError(f"unknown preset {arg!r}: there is :smoke")
+  config = ml_collections.ConfigDict()
+  config.method = "autoencoder"
+  config.dtype = "float32"
+
+  config.data = data = ml_collections.ConfigDict()
+  data.num_canvases = 2_000
+  data.num_held_out = 96  # Of other people, for the card.
+  data.seed = 0  # Of the drawn world.
+  data.processes = 2
+  data.cache = "runs/canvases"  # Shared by all networks of stage A.
+
+  config.model = model = ml_collections.ConfigDict()
+  # Narrow where the picture is large: the decoder runs for every canvas.
+  model.block_out_channels = (16, 32, 48)
+  model.layers_per_block = 1
+  model.latent_channels = 4
+  model.norm_num_groups = 8
+  model.mid_block_add_attention = False
+
+  config.train = train = ml_collections.ConfigDict()
+  train.seed = 1234
+  train.weight_decay = 0.01
+  train.weights = dict(gradient=0.5, laplacian=0.5, kl=1e-4)
+  # Windows make more steps of the same work; whole canvases come last,
+  # because the norms' statistics are those of the whole picture.
+  train.phases = (
+    dict(
+      name="windows",
+      crop=(96, 96),
+      batch_size=8,
+      epochs=8,
+      lr=2e-3,
+      warmup=0.03,
+      final=0.25,
+    ),
+    dict(
+      name="canvases",
+      crop=None,
+      batch_size=8,
+      epochs=1,
+      lr=5e-4,
+      warmup=0.0,
+      final=0.02,
+    ),
+  )
+  train.log_every = 25
+  train.checkpoint_every = 250
+  train.sheet_every = 250
+  train.tensorboard = False
+
+  if arg == "smoke":
+    data.num_canvases, data.num_held_out, data.processes = 8, 8, 1
+    model.block_out_channels = (8, 8)
+    train.phases = tuple(
+      dict(phase, batch_size=4, epochs=1) for phase in train.phases
+    )
+    train.sheet_every = 2
+  return config
