@@ -473,7 +473,7 @@ def test_bad_folders_are_refused(xl, tmp_path):
   load = components.load_components
   with pytest.raises(errors.UserError, match="scheduler 'heun' is not built"):
     load(folder, scheduler="heun")
-  with pytest.raises(errors.UserError, match=r"model_index\.json does not"):
+  with pytest.raises(errors.UserError, match=r"model_index\.json is missing"):
     load(tmp_path)
   with pytest.raises(errors.UserError, match="no_such does not exist"):
     load(folder, controlnets=[folder / "no_such"])

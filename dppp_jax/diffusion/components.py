@@ -63,8 +63,13 @@ def controlnet_name(k: int) -> str:
   return f"controlnet_{k}" if k else "controlnet"
 
 
-def check(parts: Components) -> None:
+def check(parts: Components, *, controlnets: Sequence[Any] = ()) -> None:
   """Refuses parts that were not made for each other.
+
+  Args:
+    parts: of the system; their parameters are not looked at.
+    controlnets: what the ControlNets are called, e.g. their files; by default
+      they are counted from 1.
 
   Raises:
     errors.UserError: what does not fit.
@@ -108,8 +113,9 @@ def check(parts: Components) -> None:
     bad = [n for n in same if getattr(control, n) != getattr(net, n)]
     factor = 2 ** (len(control.conditioning_embedding_out_channels) - 1)
     if bad or factor != parts.vae.factor:
+      name = controlnets[k] if controlnets else k + 1
       raise errors.UserError(
-        f"ControlNet {k + 1} is for another base model"
+        f"ControlNet {name} is for another base model"
         f" ({', '.join(bad) or 'size of its images'} differ): use one that was"
         " trained with this UNet"
       )

@@ -1,21 +1,35 @@
-"""A text-to-image system from the folder of a diffusers pipeline."""
+"""A text-to-image system from the files that its makers published.
+
+parts = components.load_components(
+  "sd_xl_base_1.0.safetensors",
+  controlnets=["OpenPoseXL2.safetensors", "controlnet-canny-sdxl-1.0"],
+  loras=[lora.Lora("style.safetensors", scale=0.7)],
+)
+"""
 
 from collections.abc import Sequence
+import dataclasses
 import pathlib
-from typing import Any
 
-from dppp_jax import errors, types
+from dppp_jax import logs, types
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import schedulers
-from dppp_jax.weights import diffusers_folder, hub, load, lora, lora_keys
+from dppp_jax.geneperson import digests as digests_lib
+from dppp_jax.geneperson import sources
+from dppp_jax.weights import (
+  controlnet_file,
+  diffusers_folder,
+  hub,
+  lora,
+  lora_keys,
+  single_file,
+)
 
 Path = str | pathlib.Path
 
-_METHODS = ("euler_ancestral", "euler", "ddim", "dpmpp_2m")
-
 
 def load_components(
-  folder: Path,
+  base: Path,
   *,
   controlnets: Sequence[Path] | None = None,
   loras: Sequence[lora.Lora] = (),
@@ -23,20 +37,35 @@ def load_components(
   k_diffusion: bool = False,
   variant: str | None = None,
   stack_from: int = 0,
+  tokenizers: Sequence[Path] | None = None,
+  configs: single_file.Configs | None = None,
+  allow_unmatched: bool = False,
 ) -> components_lib.Components:
-  """Loads a Stable Diffusion 1.x, 2.x or XL and its ControlNets.
+  """Loads a Stable Diffusion 1.x, 2.x or XL with ControlNets and LoRAs.
+
+  What can be found wrong without reading the weights (missing and truncated
+  files, parts of different base models, LoRAs for another one) is found before
+  they are read.
 
   Args:
-    folder: of a diffusers pipeline (model_index.json, unet/, vae/,
-      text_encoder/ ...), or a hub id.
-    controlnets: folders, files or hub ids; None: those in the folder, if any.
+    base: folder of a diffusers pipeline (model_index.json, unet/, vae/,
+      text_encoder/ ...), a hub id of one, or SDXL or SD 1.x in a single file of
+      any name.
+    controlnets: folders, files of any name or hub ids, unions among them;
+      None: those in the folder, if any.
     loras: merged into UNet and text encoders; see also `merge_loras`.
     scheduler: `euler_ancestral`, `euler`, `ddim` or `dpmpp_2m`, on the betas
-      of the folder; None: the folder's own.
+      of the base; None: the folder's own, of a single file `euler_ancestral`.
     k_diffusion: place the steps as k-diffusion (the WebUI) does, not as
       diffusers does.
-    variant: which of several precisions to read, e.g. "fp16".
+    variant: of folders, which of several precisions to read, e.g. "fp16".
     stack_from: transformers at least so deep are compiled as one loop.
+    tokenizers: for a single file, which holds none: one or two folders or hub
+      ids. None: what lies beside the file, in `tokenizer/` or with it, or else
+      that of CLIP from the hub.
+    configs: of a single file whose networks are not those of the base models.
+    allow_unmatched: merge what fits of LoRAs with modules that the networks do
+      not have.
 
   Returns:
     Components, float32 on the host.
@@ -44,59 +73,51 @@ def load_components(
   Raises:
     errors.UserError: a part is missing, damaged, or for another model.
   """
-  root = hub.resolve(folder, patterns=diffusers_folder.PATTERNS)
-  index = hub.read_json(root / "model_index.json")
-  options: dict[str, Any] = {"variant": variant, "stack_from": stack_from}
-  # What is quickly found wrong is looked at before gigabytes are read.
-  steps = _scheduler(root, scheduler, k_diffusion)
-  for path in controlnets or ():
-    hub.resolve(path, patterns=diffusers_folder.PATTERNS)
-  config, unet = diffusers_folder.unet(root / "unet", **options)
-  vae_config, vae = diffusers_folder.vae(root / "vae", variant=variant)
-  params = {"unet": unet, "vae": vae}
-  texts, tokenizers = [], []
-  for suffix in ("", "_2"):
-    if not (root / f"text_encoder{suffix}").is_dir():
-      continue
-    text, tree = load.clip_text(root / f"text_encoder{suffix}")
-    texts.append(text)
-    tokenizers.append(load.tokenizer(root / f"tokenizer{suffix}"))
-    params[f"text_encoder{suffix}"] = tree
-  if controlnets is not None:
-    nets = [
-      diffusers_folder.controlnet(path, **options) for path in controlnets
-    ]
-  elif (root / "controlnet").is_dir():
-    nets = diffusers_folder.controlnets(root, **options)
-  else:
-    nets = []
-  for k, (_, tree) in enumerate(nets):
-    params[components_lib.controlnet_name(k)] = tree
-  size = hub.read_json(root / "unet" / "config.json").get("sample_size")
-  found = components_lib.Components(
-    unet=config,
-    vae=vae_config,
-    texts=tuple(texts),
-    tokenizers=tuple(tokenizers),
-    controlnets=tuple(net for net, _ in nets),
-    scheduler=steps,
-    params=merge_loras(params, loras),
-    zero_negative=bool(index.get("force_zeros_for_empty_prompt", True)),
-    stack_from=stack_from,
-    sample_size=size if isinstance(size, int) else None,
+  found = sources.base(
+    base, variant=variant, tokenizers=tokenizers, configs=configs
   )
-  components_lib.check(found)
-  return found
+  nets = _resolve(found, controlnets)
+  parts = found.parts(method=scheduler)
+  for path in nets:
+    sources.check_controlnet(path, variant)
+  steps = parts.scheduler
+  parts = dataclasses.replace(
+    parts,
+    controlnets=tuple(sources.controlnet_config(path) for path in nets),
+    scheduler=schedulers.k_diffusion(steps) if k_diffusion else steps,
+    stack_from=stack_from,
+  )
+  with sources.named(base):
+    components_lib.check(parts, controlnets=nets)
+  if loras:
+    lora.check(
+      sources.param_shapes(parts), loras, allow_unmatched=allow_unmatched
+    )
+  params = found.params(stack_from=stack_from)
+  for k, path in enumerate(nets):
+    _, params[components_lib.controlnet_name(k)] = controlnet_file.load(
+      path, variant=variant, stack_from=stack_from
+    )
+  params = merge_loras(params, loras, allow_unmatched=allow_unmatched)
+  return dataclasses.replace(parts, params=params)
 
 
 def merge_loras(
-  params: types.Params, loras: Sequence[lora.Lora]
+  params: types.Params,
+  loras: Sequence[lora.Lora],
+  *,
+  allow_unmatched: bool = False,
 ) -> types.Params:
   """Returns the parameters of Components with LoRAs merged into them.
+
+  What became of each file, how many modules were merged and which were not, is
+  said on the console.
 
   Args:
     params: as `Components.params`, without LoRAs; not changed.
     loras: any number; another set is other numbers for the same program.
+    allow_unmatched: merge what fits, where a file has modules that the
+      networks do not have.
 
   Raises:
     errors.UserError: a file that is damaged or for another base model.
@@ -104,16 +125,74 @@ def merge_loras(
   if not loras:
     return params
   some = {name: params[name] for name in lora_keys.COMPONENTS if name in params}
-  return params | lora.merge(some, loras)[0]
+  merged, reports = lora.merge(some, loras, allow_unmatched=allow_unmatched)
+  for one, report in zip(loras, reports, strict=True):
+    scales = {part: f"{one.scale_of(part):g}" for part in report.matched}
+    factor = " and ".join(sorted(set(scales.values()))) or "0"
+    logs.say(f"LoRA {report}, scale {factor}")
+    if report.unmatched:
+      logs.say(f"LoRA {report.path}: left out {', '.join(report.unmatched)}")
+  return params | merged
 
 
-def _scheduler(
-  root: pathlib.Path, method: str | None, k_diffusion: bool
-) -> schedulers.Config:
-  if method is not None and method not in _METHODS:
-    raise errors.UserError(
-      f"scheduler {method!r} is not built: choose one of {', '.join(_METHODS)}"
+def digests(
+  base: Path,
+  *,
+  controlnets: Sequence[Path] | None = None,
+  loras: Sequence[lora.Lora] = (),
+  u2net: Path | None = None,
+  variant: str | None = None,
+  tokenizers: Sequence[Path] | None = None,
+  configs: single_file.Configs | None = None,
+  cache: Path | None = None,
+) -> dict[str, dict[str, str]]:
+  """Returns which weights a run depends on, for its configuration.
+
+  The same files give the same digests on every machine, wherever they lie.
+
+  Args:
+    base: as in `load_components`, like all that is not listed here.
+    controlnets: likewise.
+    loras: likewise; their scales are no part of the digests.
+    u2net: file of the matting network.
+    variant: likewise.
+    tokenizers: likewise.
+    configs: likewise.
+    cache: JSON file of what was hashed before; None: one in the user's cache
+      folder.
+
+  Returns:
+    {role: {"name": of the file or folder, "sha256": ...}} with the roles
+    `base`, `tokenizer`, `tokenizer_2` (of a single file), `controlnet`,
+    `controlnet_1` ..., `lora`, `lora_1` ... and `u2net`; see
+    `digests.describe`.
+
+  Raises:
+    errors.UserError: a file is missing.
+  """
+  found = sources.base(
+    base, variant=variant, tokenizers=tokenizers, configs=configs
+  )
+  every = found.describe()
+  nets = _resolve(found, controlnets)
+  specs = nets if controlnets is None else controlnets
+  for k, (spec, path) in enumerate(zip(specs, nets, strict=True)):
+    every[components_lib.controlnet_name(k)] = sources.describe_controlnet(
+      spec, path, variant
     )
-  values = hub.read_json(root / "scheduler" / "scheduler_config.json")
-  config = schedulers.Config.from_hf(values, method=method)
-  return schedulers.k_diffusion(config) if k_diffusion else config
+  for k, one in enumerate(loras):
+    every[f"lora_{k}" if k else "lora"] = sources.describe_lora(one)
+  if u2net is not None:
+    every["u2net"] = sources.describe_u2net(u2net)
+  return digests_lib.describe(every, cache=cache)
+
+
+def _resolve(
+  found: sources.Base, controlnets: Sequence[Path] | None
+) -> list[pathlib.Path]:
+  if controlnets is None:
+    return found.controlnets()
+  return [
+    hub.resolve(path, patterns=diffusers_folder.PATTERNS)
+    for path in controlnets
+  ]

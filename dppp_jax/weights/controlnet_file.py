@@ -36,6 +36,7 @@ def load(
   path: single_file.Path,
   *,
   config: unet_config.ControlNetConfig | None = None,
+  variant: str | None = None,
   stack_from: int = 0,
 ) -> tuple[unet_config.ControlNetConfig, types.Params]:
   """Loads a ControlNet, or a union of them, from wherever it lies.
@@ -45,6 +46,7 @@ def load(
       code; a folder of diffusers, or a file in one, is left to
       `diffusers_folder`.
     config: its sizes; None: what config.json beside it says, or the tensors.
+    variant: of a folder, which of several precisions to read, e.g. "fp16".
     stack_from: transformers at least so deep come stacked.
 
   Returns:
@@ -54,12 +56,51 @@ def load(
     errors.UserError: no such file, a damaged one, no ControlNet, or a tensor
       that is missing, left over or of another shape.
   """
-  found = hub.resolve(path, patterns=diffusers_folder.PATTERNS)
-  is_folder = found.is_dir() or (found.parent / "config.json").is_file()
-  if config is None and is_folder:
-    return diffusers_folder.controlnet(found, stack_from=stack_from)
+  if config is None and is_folder(path):
+    return diffusers_folder.controlnet(
+      path, variant=variant, stack_from=stack_from
+    )
   where = str(path)
-  tensors: Tensors = hub.read_tensors(found)
+  config, tensors, is_original = _open(path, config)
+  is_union = isinstance(config, unet_config.UnionConfig)
+  if is_union:
+    shapes = controlnet_union.param_shapes(config)
+    rules = diffusion_rules.controlnet_union(config)
+  else:
+    shapes = controlnet_lib.param_shapes(config)
+    rules = diffusion_rules.controlnet(config)
+  if is_original:
+    names = original.controlnet(shapes)
+    part = single_file.Part(_PREFIX, shapes, rules, names)
+    tensors = part.rename(tensors)
+  flat = convert.convert(tensors, rules, where=where)
+  params = trees.merge(shapes, flat, where=where)
+  return config, diffusion_rules.stack_layers(params, stack_from=stack_from)
+
+
+def read_config(path: single_file.Path) -> unet_config.ControlNetConfig:
+  """Returns the configuration that `load` would, without the weights.
+
+  Raises:
+    errors.UserError: as `load`, but for what only the weights show.
+  """
+  if is_folder(path):
+    return diffusers_folder.read_config(path, "controlnet")
+  return _open(path, None)[0]
+
+
+def is_folder(path: single_file.Path) -> bool:
+  """Tells whether a path is a folder, or in one, that diffusers wrote."""
+  found = hub.resolve(path, patterns=diffusers_folder.PATTERNS)
+  return found.is_dir() or (found.parent / "config.json").is_file()
+
+
+def _open(
+  path: single_file.Path, config: unet_config.ControlNetConfig | None
+) -> tuple[unet_config.ControlNetConfig, Tensors, bool]:
+  """Returns sizes and tensors, and whether those have the original names."""
+  where = str(path)
+  tensors: Tensors = hub.read_tensors(hub.resolve(path))
   if "lora_controlnet" in tensors or any(n.endswith(".down") for n in tensors):
     raise errors.UserError(
       f"{where} is a control-LoRA, the difference of a ControlNet to its base"
@@ -80,20 +121,7 @@ def load(
     )
   if config is None:
     config = _SD1 if is_original else _read_sizes(tensors, where)
-  is_union = isinstance(config, unet_config.UnionConfig)
-  if is_union:
-    shapes = controlnet_union.param_shapes(config)
-    rules = diffusion_rules.controlnet_union(config)
-  else:
-    shapes = controlnet_lib.param_shapes(config)
-    rules = diffusion_rules.controlnet(config)
-  if is_original:
-    names = original.controlnet(shapes)
-    part = single_file.Part(_PREFIX, shapes, rules, names)
-    tensors = part.rename(tensors)
-  flat = convert.convert(tensors, rules, where=where)
-  params = trees.merge(shapes, flat, where=where)
-  return config, diffusion_rules.stack_layers(params, stack_from=stack_from)
+  return config, tensors, is_original
 
 
 _SD1 = unet_config.ControlNetConfig(cross_attention_dim=768)

@@ -57,6 +57,12 @@ _KINDS = {
   ),
 }
 
+_CLASSES = {
+  "unet": ("UNet2DConditionModel",),
+  "vae": ("AutoencoderKL",),
+  "controlnet": ("ControlNetModel", "ControlNetUnionModel"),
+}
+
 _STEM = "diffusion_pytorch_model"
 # Of a hub repository: the configurations, and weights of one format.
 PATTERNS = (
@@ -89,7 +95,7 @@ def unet(
     errors.UserError: no such folder, a damaged file, a configuration that is
       not built here, or weights that do not fit it.
   """
-  return _load(path, "unet", ["UNet2DConditionModel"], variant, stack_from)
+  return _load(path, "unet", variant, stack_from)
 
 
 def controlnet(
@@ -109,8 +115,7 @@ def controlnet(
   Raises:
     errors.UserError: as in `unet`.
   """
-  names = ["ControlNetModel", "ControlNetUnionModel"]
-  return _load(path, "controlnet", names, variant, stack_from)
+  return _load(path, "controlnet", variant, stack_from)
 
 
 def controlnets(
@@ -154,7 +159,39 @@ def vae(
   Raises:
     errors.UserError: as in `unet`.
   """
-  return _load(path, "vae", ["AutoencoderKL"], variant, 0)
+  return _load(path, "vae", variant, 0)
+
+
+def read_config(path: Path, component: str) -> Any:
+  """Returns the configuration that loading would, without the weights.
+
+  Args:
+    path: as in `unet`.
+    component: `unet`, `vae` or `controlnet`.
+
+  Raises:
+    errors.UserError: as in `unet`.
+  """
+  _, values = _find(path, component)
+  return _kind(values, _CLASSES[component]).config.from_hf(values)
+
+
+def weights(
+  path: Path, component: str, *, variant: str | None = None
+) -> pathlib.Path:
+  """Returns the file or folder that `hub.read_tensors` is given.
+
+  Args:
+    path: as in `unet`.
+    component: `unet`, `vae` or `controlnet`.
+    variant: as in `unet`.
+
+  Raises:
+    errors.UserError: no such folder, or not in this variant.
+  """
+  found, _ = _find(path, component)
+  is_folder = variant is not None and found.is_dir()
+  return _variant(found, variant) if is_folder else found
 
 
 def save(
@@ -205,21 +242,20 @@ def _find(path: Path, component: str) -> tuple[pathlib.Path, dict[str, Any]]:
   return found, hub.read_json(folder / "config.json")
 
 
+def _kind(values: dict[str, Any], names: Sequence[str]) -> _Kind:
+  given = values.get("_class_name")
+  # A class that is not among the names is refused by `from_hf`.
+  return _KINDS[given if given in names else names[0]]
+
+
 def _load(
-  path: Path,
-  component: str,
-  names: Sequence[str],
-  variant: str | None,
-  stack_from: int,
+  path: Path, component: str, variant: str | None, stack_from: int
 ) -> tuple[Any, types.Params]:
   """Reads, renames and compares; all tensors fit, or none are returned."""
-  found, values = _find(path, component)
-  given = values.get("_class_name")
-  # A class that is not among the names is refused by `read`.
-  kind = _KINDS[given if given in names else names[0]]
+  _, values = _find(path, component)
+  kind = _kind(values, _CLASSES[component])
   config = kind.config.from_hf(values)
-  is_folder = variant is not None and found.is_dir()
-  file = _variant(found, variant) if is_folder else found
+  file = weights(path, component, variant=variant)
   tensors = hub.read_tensors(file)
   rules = kind.rules(config)
   if component == "vae" and any(".query." in name for name in tensors):

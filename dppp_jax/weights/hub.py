@@ -61,7 +61,10 @@ _DTYPES = {
 
 
 def resolve(
-  spec: str | pathlib.Path, *, patterns: Sequence[str] = PATTERNS
+  spec: str | pathlib.Path,
+  *,
+  patterns: Sequence[str] = PATTERNS,
+  has_weights: bool = True,
 ) -> pathlib.Path:
   """Returns the local folder or file that a user means.
 
@@ -70,6 +73,7 @@ def resolve(
       ("owner/name"), which is fetched into the usual cache. What exists on
       disk goes first.
     patterns: the files of a repository that are fetched.
+    has_weights: where none of them are .safetensors, older formats are fetched.
 
   Raises:
     errors.UserError: there is no such path, and the hub has no such
@@ -92,7 +96,7 @@ def resolve(
 
   try:
     folder = huggingface_hub.snapshot_download(text, allow_patterns=patterns)
-    if not any(pathlib.Path(folder).glob("*.safetensors")):
+    if has_weights and not any(pathlib.Path(folder).glob("*.safetensors")):
       # Repositories older than safetensors.
       folder = huggingface_hub.snapshot_download(
         text, allow_patterns=[*patterns, *_PICKLES]
@@ -142,6 +146,42 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   Raises:
     errors.UserError: nothing to read, or it is damaged.
   """
+  path = _file(path)
+  return _READERS[path.suffix](path)
+
+
+def weight_files(path: str | pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files that `read_tensors` reads: one, or an index and shards.
+
+  Args:
+    path: as of `read_tensors`.
+
+  Raises:
+    errors.UserError: there is nothing to read.
+  """
+  path = _file(path)
+  return [path, *_shards(path)] if path.suffix == ".json" else [path]
+
+
+def check(path: str | pathlib.Path) -> None:
+  """Refuses damaged weights, where that costs no reading of them.
+
+  A .safetensors file says in its header how long it is; of other formats only
+  that the files are there is looked at.
+
+  Args:
+    path: as of `read_tensors`.
+
+  Raises:
+    errors.UserError: nothing to read, or it is damaged.
+  """
+  for file in weight_files(path):
+    if file.suffix == ".safetensors":
+      _read_safetensors(file)
+
+
+def _file(path: str | pathlib.Path) -> pathlib.Path:
+  """Returns the file that stands for all weights of a path."""
   path = pathlib.Path(path)
   if path.is_dir():
     path = _weights_in(path)
@@ -152,7 +192,7 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} is no checkpoint that can be read: give one that ends in"
       f" {', '.join(_READERS)}"
     )
-  return _READERS[path.suffix](path)
+  return path
 
 
 def _weights_in(folder: pathlib.Path) -> pathlib.Path:
@@ -175,13 +215,17 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads the shards that an index.json lists, and compares both."""
+def _weight_map(path: pathlib.Path) -> Mapping[str, Any]:
   weight_map = read_json(path).get("weight_map")
   if not isinstance(weight_map, Mapping) or not weight_map:
     raise errors.UserError(f"{path} lists no shards (weight_map is missing)")
-  tensors = {}
-  for shard in sorted({str(shard) for shard in weight_map.values()}):
+  return weight_map
+
+
+def _shards(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the shards that an index.json lists."""
+  shards = []
+  for shard in sorted({str(shard) for shard in _weight_map(path).values()}):
     # The index is data from elsewhere: it may not point out of its folder.
     if pathlib.Path(shard).name != shard:
       raise errors.UserError(
@@ -191,7 +235,15 @@ def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
       raise errors.UserError(
         f"{path.parent / shard} is missing, {path.name} lists it: fetch it"
       )
-    tensors |= read_tensors(path.parent / shard)
+    shards.append(path.parent / shard)
+  return shards
+
+
+def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the shards that an index.json lists, and compares both."""
+  weight_map, tensors = _weight_map(path), {}
+  for shard in _shards(path):
+    tensors |= read_tensors(shard)
   if tensors.keys() != weight_map.keys():
     names = sorted(tensors.keys() ^ weight_map.keys())
     raise errors.UserError(

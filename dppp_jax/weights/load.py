@@ -72,12 +72,19 @@ def clip_vision(
   return _tower(path, "vision", rules.hf_vision, clip_lib.vision_from_hf)
 
 
-def tokenizer(path: str | pathlib.Path) -> Any:
+def text_config(path: str | pathlib.Path) -> clip_lib.TextConfig:
+  """Returns the configuration that `clip_text` would, without the weights."""
+  return _open_tower(path, "text", clip_lib.text_from_hf)[1]
+
+
+def tokenizer(path: str | pathlib.Path, *, pad: str | None = None) -> Any:
   """Loads a `transformers.CLIPTokenizer`.
 
   Args:
     path: a folder (or hub id) with tokenizer.json, or with vocab.json and
       merges.txt.
+    pad: the token that fills up, where it is not the folder's: "!" for the
+      second encoder of SDXL.
 
   Raises:
     errors.UserError: the files are missing or cannot be read.
@@ -93,7 +100,8 @@ def tokenizer(path: str | pathlib.Path) -> Any:
   import transformers
 
   try:
-    return transformers.CLIPTokenizer.from_pretrained(folder)
+    options = {} if pad is None else {"pad_token": pad}
+    return transformers.CLIPTokenizer.from_pretrained(folder, **options)
   except Exception as error:  # The Rust library raises plain Exceptions.
     raise errors.UserError(
       f"{folder} holds a tokenizer that cannot be read"
@@ -103,6 +111,14 @@ def tokenizer(path: str | pathlib.Path) -> Any:
 
 def _tower(path: Any, name: str, table: Any, from_hf: Any) -> Any:
   """Loads one tower of whatever Hugging Face checkpoint holds it."""
+  path, config, tensors = _open_tower(path, name, from_hf)
+  inner = f"{name}_model."
+  prefix = inner if any(key.startswith(inner) for key in tensors) else ""
+  return config, _fill(config, tensors, table(prefix), path)
+
+
+def _open_tower(path: Any, name: str, from_hf: Any) -> Any:
+  """Returns where a tower lies, its configuration and its tensors."""
   path = hub.resolve(path)
   tensors = hub.read_tensors(path)
   values = hub.read_json(_beside(path))
@@ -123,9 +139,7 @@ def _tower(path: Any, name: str, table: Any, from_hf: Any) -> Any:
   if f"{outer[name]}.weight" not in tensors:
     # config.json has a projection_dim even where there is no projection.
     config = _without_projection(config)
-  inner = f"{name}_model."
-  prefix = inner if any(key.startswith(inner) for key in tensors) else ""
-  return config, _fill(config, tensors, table(prefix), path)
+  return path, config, tensors
 
 
 def _without_projection(config: Any) -> Any:

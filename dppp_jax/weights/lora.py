@@ -126,6 +126,28 @@ def merge(
   return {k: trees.unflatten(flat) for k, flat in given.items()}, reports
 
 
+def check(
+  components: Mapping[str, types.Params],
+  loras: Sequence[Lora],
+  *,
+  allow_unmatched: bool = False,
+) -> None:
+  """Refuses what `merge` refuses by names alone, before weights are read.
+
+  Args:
+    components: trees of the shapes of all components of the pipeline, as
+      `param_shapes` of the networks gives them.
+    loras: the files.
+    allow_unmatched: as in `merge`.
+
+  Raises:
+    errors.UserError: as `merge`; factors of other sizes show only there.
+  """
+  names = lora_keys.table(components)
+  for lora in loras:
+    _check_matched(lora, lora_keys.read(lora.path, names), allow_unmatched)
+
+
 def _check_matched(lora: Lora, file: lora_keys.File, allow: bool) -> None:
   """Refuses a file of which something would silently be left out."""
   unmatched = [

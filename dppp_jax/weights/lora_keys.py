@@ -119,7 +119,7 @@ def read(path: str | pathlib.Path, names: Mapping[Any, Target]) -> File:
     errors.UserError: nothing to read, a damaged file, or two different
       tensors for one part of a module.
   """
-  path = _file(hub.resolve(path, patterns=("*.safetensors", "*.json")))
+  path = locate(path)
   tensors = hub.read_tensors(path)
   metadata = _metadata(path)
   modules: dict[Target, dict[str, np.ndarray]] = {}
@@ -223,7 +223,9 @@ def _numbers(tensor: np.ndarray, role: str, where: str) -> np.ndarray:
   return value
 
 
-def _file(path: pathlib.Path) -> pathlib.Path:
+def locate(path: str | pathlib.Path) -> pathlib.Path:
+  """Returns the file that a LoRA is read from; `path` as in `read`."""
+  path = hub.resolve(path, patterns=("*.safetensors", "*.json"))
   if not path.is_dir():
     return path
   files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))

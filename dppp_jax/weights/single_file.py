@@ -148,11 +148,7 @@ def load(
       tensor that is missing, left over or of another shape.
   """
   where = str(path)
-  tensors = hub.read_tensors(hub.resolve(path))
-  configs = configs or _base(tensors, where)
-  parts = _parts(configs)
-  inner, extras = _split(tensors, parts, where)
-  logging.info("%s: left out %d tensors by rule", where, len(extras))
+  checkpoint, parts, inner = _open(path, configs)
   params = {}
   for name, part in parts.items():
     own = part.rename(inner[name])
@@ -161,12 +157,30 @@ def load(
   params["unet"] = diffusion_rules.stack_layers(
     params["unet"], stack_from=stack_from
   )
-  return Checkpoint(
-    configs,
-    params,
-    "v_prediction" if "v_pred" in tensors else "epsilon",
-    "ztsnr" in tensors,
-  )
+  return dataclasses.replace(checkpoint, params=params)
+
+
+def peek(path: Path, *, configs: Configs | None = None) -> Checkpoint:
+  """Returns what `load` would, without the parameters.
+
+  Raises:
+    errors.UserError: as `load`, but for what only the weights show.
+  """
+  return _open(path, configs)[0]
+
+
+def _open(
+  path: Path, configs: Configs | None
+) -> tuple[Checkpoint, dict[str, "Part"], dict[str, dict[str, np.ndarray]]]:
+  """Returns a checkpoint without parameters, and the tensors for them."""
+  where = str(path)
+  tensors = hub.read_tensors(hub.resolve(path))
+  configs = configs or _base(tensors, where)
+  parts = _parts(configs)
+  inner, extras = _split(tensors, parts, where)
+  logging.info("%s: left out %d tensors by rule", where, len(extras))
+  prediction = "v_prediction" if "v_pred" in tensors else "epsilon"
+  return Checkpoint(configs, {}, prediction, "ztsnr" in tensors), parts, inner
 
 
 def save(path: Path, checkpoint: Checkpoint, *, dtype: str = "float32") -> None:

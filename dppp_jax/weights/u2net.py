@@ -53,14 +53,20 @@ def load(
   Raises:
     errors.UserError: it is no U2-Net, or damaged.
   """
-  path = hub.resolve(spec)
-  if path.is_dir() and len(found := sorted(path.glob("*.onnx"))) == 1:
-    path = found[0]
+  path = locate(spec)
   is_onnx = path.suffix == ".onnx"
   tensors = _from_onnx(path) if is_onnx else hub.read_tensors(path)
   config = _config(tensors, path)
   given = convert.convert(tensors, rules(), where=str(path))
   return config, trees.merge(shapes(config), given, where=str(path))
+
+
+def locate(spec: str | pathlib.Path) -> pathlib.Path:
+  """Returns the file or folder that `load` reads."""
+  path = hub.resolve(spec)
+  if path.is_dir() and len(found := sorted(path.glob("*.onnx"))) == 1:
+    return found[0]
+  return path
 
 
 def save(path: str | pathlib.Path, variables: Mapping[str, Any]) -> None:

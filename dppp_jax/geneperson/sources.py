@@ -1,0 +1,381 @@
+"""Where the parts of a text-to-image system lie, before any is read.
+
+A base is a folder of diffusers or a single file. Both are looked at first:
+their configurations, and whether their files are there and whole, which costs a
+second. Their parameters, gigabytes, are read only when all parts are known to
+fit.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import pathlib
+from typing import Any, Protocol
+
+from dppp_jax import errors, types
+from dppp_jax.diffusion import components as components_lib
+from dppp_jax.diffusion import schedulers
+from dppp_jax.geneperson import digests
+from dppp_jax.models import clip, unet_config
+from dppp_jax.models import unet as unet_lib
+from dppp_jax.weights import (
+  controlnet_file,
+  diffusers_folder,
+  hub,
+  load,
+  lora,
+  lora_keys,
+  single_file,
+  u2net,
+)
+
+Path = str | pathlib.Path
+
+_METHODS = ("euler_ancestral", "euler", "ddim", "dpmpp_2m")
+_TOKENIZER = "openai/clip-vit-large-patch14"  # Whose words all of them read.
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+)
+
+
+class Base(Protocol):
+  """A base model that is there, and not read yet."""
+
+  def parts(self, *, method: str | None) -> components_lib.Components:
+    """Returns all but the parameters and ControlNets of others."""
+    ...
+
+  def params(self, *, stack_from: int) -> types.Params:
+    """Reads the parameters."""
+    ...
+
+  def controlnets(self) -> list[pathlib.Path]:
+    """Returns the ControlNets that came with it."""
+    ...
+
+  def describe(self) -> dict[str, digests.Source]:
+    """Returns all files that are read, by role."""
+    ...
+
+
+def base(
+  spec: Path,
+  *,
+  variant: str | None = None,
+  tokenizers: Sequence[Path] | None = None,
+  configs: single_file.Configs | None = None,
+) -> Base:
+  """Finds a base model; see `components.load_components`."""
+  path = hub.resolve(spec, patterns=diffusers_folder.PATTERNS)
+  name = pathlib.Path(spec).name or path.resolve().name
+  if path.is_dir():
+    if tokenizers is not None:
+      raise errors.UserError(
+        f"{path} has tokenizers of its own: leave tokenizers out, they are for"
+        " a base in a single file"
+      )
+    return _Folder(path, name, variant)
+  return _File(path, name, tokenizers, configs)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+  """Puts a path before the errors of who did not know it."""
+  try:
+    yield
+  except errors.UserError as error:
+    if str(path) in str(error):
+      raise
+    raise errors.UserError(f"{path}: {error}") from error
+
+
+class _Folder:
+  """A pipeline that diffusers saved."""
+
+  def __init__(self, root: pathlib.Path, name: str, variant: str | None):
+    self._root, self._name, self._variant = root, name, variant
+    self._index = _read_index(root)
+    self._texts = ["text_encoder"]
+    if (root / "text_encoder_2").is_dir():
+      self._texts.append("text_encoder_2")
+
+  def parts(self, *, method: str | None) -> components_lib.Components:
+    root = self._root
+    file = root / "scheduler" / "scheduler_config.json"
+    with named(file):
+      steps = schedulers.Config.from_hf(
+        hub.read_json(file), method=_method(method)
+      )
+    for part in ("unet", "vae"):
+      hub.check(self._weights(part))
+    configs = {part: _config(root / part, part) for part in ("unet", "vae")}
+    size = hub.read_json(root / "unet" / "config.json").get("sample_size")
+    texts, tokenizers = [], []
+    for part in self._texts:
+      hub.check(self._text(part))
+      with named(root / part):
+        texts.append(load.text_config(self._text(part)))
+      tokenizers.append(load.tokenizer(root / _tokenizer(part)))
+    return components_lib.Components(
+      unet=configs["unet"],
+      vae=configs["vae"],
+      texts=tuple(texts),
+      tokenizers=tuple(tokenizers),
+      scheduler=steps,
+      params={},
+      zero_negative=bool(self._index.get("force_zeros_for_empty_prompt", True)),
+      sample_size=size if isinstance(size, int) else None,
+    )
+
+  def params(self, *, stack_from: int) -> types.Params:
+    _, unet = diffusers_folder.unet(
+      self._root / "unet", variant=self._variant, stack_from=stack_from
+    )
+    _, vae = diffusers_folder.vae(self._root / "vae", variant=self._variant)
+    texts = {part: load.clip_text(self._text(part))[1] for part in self._texts}
+    return {"unet": unet, "vae": vae, **texts}
+
+  def controlnets(self) -> list[pathlib.Path]:
+    found, k = [], 0
+    while (path := self._root / components_lib.controlnet_name(k)).is_dir():
+      found.append(path)
+      k += 1
+    return found
+
+  def describe(self) -> dict[str, digests.Source]:
+    root = self._root
+    files = [
+      root / "model_index.json",
+      root / "scheduler/scheduler_config.json",
+    ]
+    for part in ("unet", "vae"):
+      files += [root / part / "config.json"]
+      files += hub.weight_files(self._weights(part))
+    for part in self._texts:
+      files += [root / part / "config.json"]
+      files += hub.weight_files(self._text(part))
+      files += _tokenizer_files(root / _tokenizer(part))
+    return {"base": _source(self._name, root, files)}
+
+  def _weights(self, part: str) -> pathlib.Path:
+    return diffusers_folder.weights(
+      self._root / part, part, variant=self._variant
+    )
+
+  def _text(self, part: str) -> pathlib.Path:
+    """Returns the folder of a text encoder, or the file of the variant."""
+    file = self._root / part / f"model.{self._variant}.safetensors"
+    return file if file.is_file() else self._root / part
+
+
+class _File:
+  """SDXL or SD 1.x in one file."""
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    name: str,
+    tokenizers: Sequence[Path] | None,
+    configs: single_file.Configs | None,
+  ):
+    self._path, self._name, self._configs = path, name, configs
+    found = single_file.peek(path, configs=configs)
+    self._is_xl = found.configs.text_encoder_2 is not None
+    self._found = found
+    self._tokenizers = self._find_tokenizers(tokenizers)
+
+  def parts(self, *, method: str | None) -> components_lib.Components:
+    configs = self._found.configs
+    texts = [configs.text_encoder]
+    if configs.text_encoder_2 is not None:
+      texts.append(configs.text_encoder_2)
+    # Such a file says nothing of samplers: SDXL's noise, and "Euler a".
+    steps = schedulers.Config(
+      method=_method(method) or "euler_ancestral",
+      prediction_type=self._found.prediction_type,
+      zero_snr=self._found.zero_snr,
+      # What was trained on pure noise must begin there (Lin et al. 2023).
+      timestep_spacing="trailing" if self._found.zero_snr else "leading",
+    )
+    return components_lib.Components(
+      unet=configs.unet,
+      vae=configs.vae,
+      texts=tuple(texts),
+      tokenizers=tuple(
+        # The second encoder of SDXL was trained with another filling.
+        load.tokenizer(folder, pad="!" if k else None)
+        for k, folder in enumerate(self._tokenizers)
+      ),
+      scheduler=steps,
+      params={},
+      sample_size=None if self._configs else 128 if self._is_xl else 64,
+    )
+
+  def params(self, *, stack_from: int) -> types.Params:
+    found = single_file.load(
+      self._path, configs=self._configs, stack_from=stack_from
+    )
+    return found.params
+
+  def controlnets(self) -> list[pathlib.Path]:
+    return []
+
+  def describe(self) -> dict[str, digests.Source]:
+    found = {"base": digests.Source(self._name, {"": self._path})}
+    for k, folder in enumerate(self._tokenizers):
+      files = _tokenizer_files(folder)
+      name = "tokenizer_2" if k else "tokenizer"
+      found[name] = _source(name, folder, files)
+    return found
+
+  def _find_tokenizers(
+    self, given: Sequence[Path] | None
+  ) -> list[pathlib.Path]:
+    count = 2 if self._is_xl else 1
+    if given is not None:
+      if len(given) not in (1, count):
+        raise errors.UserError(
+          f"{len(given)} tokenizers for {self._path}: give"
+          f" {'1 or 2' if self._is_xl else '1'}"
+        )
+      found = [hub.resolve(p, has_weights=False) for p in given]
+      return (found * count)[:count]
+    folder = self._path.parent
+    beside = [
+      path for path in (folder / "tokenizer", folder) if _has_tokenizer(path)
+    ][:1]
+    if beside and self._is_xl:
+      second = folder / "tokenizer_2"
+      beside.append(second if _has_tokenizer(second) else beside[0])
+    if beside:
+      return beside
+    try:
+      found = hub.resolve(
+        _TOKENIZER, patterns=_TOKENIZER_FILES, has_weights=False
+      )
+    except errors.UserError as error:
+      raise errors.UserError(
+        f"{self._path} holds no tokenizer, as no such file does, and"
+        f" {_TOKENIZER} could not be fetched: put its vocab.json and merges.txt"
+        " beside the file, or name their folder in tokenizers"
+      ) from error
+    return [found] * count
+
+
+def controlnet_config(path: pathlib.Path) -> unet_config.ControlNetConfig:
+  """Returns the configuration of a ControlNet; its weights are not read."""
+  with named(path):
+    config = controlnet_file.read_config(path)
+  return config
+
+
+def check_controlnet(path: pathlib.Path, variant: str | None) -> None:
+  """Refuses a ControlNet whose files are missing or damaged."""
+  hub.check(_controlnet_weights(path, variant))
+
+
+def describe_controlnet(
+  spec: Path, path: pathlib.Path, variant: str | None
+) -> digests.Source:
+  """Returns the files of a ControlNet that are read."""
+  files = hub.weight_files(_controlnet_weights(path, variant))
+  name = pathlib.Path(spec).name or path.resolve().name
+  if not controlnet_file.is_folder(path):
+    return digests.Source(name, {"": files[0]})
+  folder = files[0].parent
+  return _source(name, folder, [folder / "config.json", *files])
+
+
+def describe_lora(one: lora.Lora) -> digests.Source:
+  """Returns the file of a LoRA."""
+  path = lora_keys.locate(one.path)
+  return digests.Source(path.name, {"": path})
+
+
+def describe_u2net(spec: Path) -> digests.Source:
+  """Returns the file, or the shards, of a U2-Net."""
+  path = u2net.locate(spec)
+  files = [path] if path.suffix == ".onnx" else hub.weight_files(path)
+  if len(files) == 1:
+    return digests.Source(files[0].name, {"": files[0]})
+  return _source(path.name, files[0].parent, files)
+
+
+def param_shapes(parts: components_lib.Components) -> types.Params:
+  """Returns trees of shapes of what LoRAs may change."""
+  shapes = {"unet": unet_lib.param_shapes(parts.unet)}
+  for name, text in zip(parts.text_names, parts.texts, strict=True):
+    shapes[name] = clip.param_shapes(text)
+  return shapes
+
+
+def _controlnet_weights(
+  path: pathlib.Path, variant: str | None
+) -> pathlib.Path:
+  if not controlnet_file.is_folder(path):
+    return path
+  return diffusers_folder.weights(path, "controlnet", variant=variant)
+
+
+def _config(path: pathlib.Path, part: str) -> Any:
+  with named(path / "config.json"):
+    return diffusers_folder.read_config(path, part)
+
+
+def _read_index(root: pathlib.Path) -> dict[str, Any]:
+  """Reads model_index.json; says what a folder without one is."""
+  file = root / "model_index.json"
+  if file.is_file():
+    index = hub.read_json(file)
+    if "unet" not in index:
+      raise errors.UserError(
+        f"{file} is of a {index.get('_class_name', 'pipeline')} without a UNet:"
+        " give a Stable Diffusion 1.x, 2.x or XL"
+      )
+    return index
+  singles = sorted(root.glob("*.safetensors"))
+  if (root / "config.json").is_file():
+    kind = hub.read_json(root / "config.json").get("_class_name", "network")
+    said = f"is the folder of one {kind}"
+  elif len(singles) == 1:
+    said = f"is no pipeline; did you mean the file {singles[0]}, or"
+  else:
+    said = "is no folder of a diffusers pipeline (model_index.json is missing)"
+  raise errors.UserError(
+    f"{root} {said}: give the folder with model_index.json, unet/ and vae/, or"
+    " a single .safetensors file"
+  )
+
+
+def _method(method: str | None) -> Any:
+  if method is not None and method not in _METHODS:
+    raise errors.UserError(
+      f"scheduler {method!r} is not built: choose one of {', '.join(_METHODS)}"
+    )
+  return method
+
+
+def _tokenizer(part: str) -> str:
+  return part.replace("text_encoder", "tokenizer")
+
+
+def _has_tokenizer(folder: pathlib.Path) -> bool:
+  has = lambda *names: all((folder / name).is_file() for name in names)
+  return has("tokenizer.json") or has("vocab.json", "merges.txt")
+
+
+def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [
+    folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()
+  ]
+
+
+def _source(
+  name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]
+) -> digests.Source:
+  named_ = {file.relative_to(folder).as_posix(): file for file in files}
+  return digests.Source(name, named_)
