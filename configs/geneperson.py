@@ -1,38 +1,173 @@
 """GenePerson: invented people, written as a TFDS dataset.
 
-  python launch/generate.py --config configs/geneperson.py:paperdoll \
-    --data_dir data
+  python launch/generate.py --config configs/geneperson.py --data_dir data \
+    --config.models.base=stable-diffusion-xl-base-1.0 \
+    --config.models.pose_controlnet=controlnet-openpose-sdxl-1.0 \
+    --config.models.grid_controlnet=controlnet-canny-sdxl-1.0 \
+    --config.models.u2net=u2net_human_seg.pth \
+    --config.loras.detail=detail.safetensors
 
 Presets behind a colon:
 
+  configs/geneperson.py            the paper's recipe: SDXL, two ControlNets,
+                                   LoRAs and a U2-Net, for a GPU
+  configs/geneperson.py:mini       the same with the small networks that this
+                                   project ships, for any machine
   configs/geneperson.py:paperdoll  drawn people on drawn scenes: no weights, no
                                    accelerator, about a minute on 2 CPU cores;
                                    the control condition of the generated ones
-  configs/geneperson.py            people made by diffusion: not there yet
-  configs/geneperson.py:mini       the same with the small networks: not yet
 
 The drawn people at the paper's size (6,641 people, 132,820 pictures):
 
   --config configs/geneperson.py:paperdoll --config.num_identities=6641
     --config.image_size=256,128
+
+What each field does: docs/generation.md. The paper gives neither checkpoints
+nor canvas, steps, guidance, scales or rules; what stands here for those is a
+choice, and the manifest beside a dataset repeats it.
 """
 
 import ml_collections
 
 from dppp_jax import errors
+from dppp_jax.geneperson import prompts
+from dppp_jax.paperdoll import lexicon
+
+_MINI = "dppp_jax/assets/mini"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  """Returns the configuration of a preset: "paperdoll" so far."""
-  if arg in ("", "mini"):
+  """Returns the configuration of a preset."""
+  presets = {"": _paper, "mini": _mini, "paperdoll": _paperdoll}
+  if arg not in presets:
     raise errors.UserError(
-      f"--config configs/geneperson.py{':' * bool(arg)}{arg}: the diffusion"
-      " pipeline is not there yet: use configs/geneperson.py:paperdoll"
+      f"--config configs/geneperson.py:{arg}: no such preset: use :mini or"
+      " :paperdoll, or none for the paper's recipe"
     )
-  if arg != "paperdoll":
-    raise errors.UserError(
-      f"--config configs/geneperson.py:{arg}: no such preset: use :paperdoll"
-    )
+  return presets[arg]()
+
+
+def _paper() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.maker = "diffusion"
+  # Another seed, other people.
+  config.seed = 0
+  config.num_identities = 6641
+  config.cap = 20  # Kept of a person; the paper's 130,519 / 6,641 is 19.7.
+  config.image_size = (256, 128)  # (H, W).
+  config.quality = 95  # Of the JPEGs.
+
+  # Folders, files or hub ids.
+  config.models = models = ml_collections.ConfigDict()
+  models.base = "stabilityai/stable-diffusion-xl-base-1.0"
+  models.variant = ""  # Which of several precisions, e.g. fp16.
+  # Empty: without this ControlNet. Twice the same union: run once.
+  models.pose_controlnet = "xinsir/controlnet-openpose-sdxl-1.0"
+  models.grid_controlnet = "diffusers/controlnet-canny-sdxl-1.0"
+  models.union_kinds = (0, 3)  # Of a union: the skeletons' and the edges'.
+  models.u2net = "u2net_human_seg.pth"
+
+  # The paper's three, which it does not name; empty: without it.
+  config.loras = loras = ml_collections.ConfigDict()
+  loras.detail, loras.detail_scale = "", 0.8
+  loras.lighting, loras.lighting_scale = "", 0.8
+  loras.style, loras.style_scale = "", 0.8
+
+  config.canvas = canvas = ml_collections.ConfigDict()
+  canvas.rows, canvas.cols = 6, 7
+  canvas.cell = (256, 128)  # (H, W): a canvas of 1536 x 896.
+  canvas.multiple = 32  # Of both sides: the VAE shrinks by 8, the UNet by 4.
+  canvas.line_width = 2  # Of the grid, pixels.
+  canvas.canny = (100, 200)  # Low and high threshold of its edges.
+
+  config.poses = poses = ml_collections.ConfigDict()
+  poses.openpose = ""  # Folder of OpenPose JSON files instead of our own.
+  poses.fill = 0.93  # Share of a cell's height that a skeleton takes.
+
+  config.prompt = prompt = ml_collections.ConfigDict()
+  prompt.template = prompts.TEMPLATE
+  prompt.negative = prompts.NEGATIVE  # Empty: nothing, SDXL's zeros.
+  prompt.vocabulary = ""  # A JSON file instead of the shipped words.
+  prompt.long = "chunk"  # Over 77 tokens: error, truncate or chunk.
+  prompt.min_chunks = 1
+  prompt.pooled = "first"  # Chunk whose pooled vector is used, or last.
+  prompt.clip_skip = 0
+
+  config.sampler = sampler = ml_collections.ConfigDict()
+  sampler.scheduler = "euler_ancestral"  # The paper's "Euler a" ...
+  sampler.k_diffusion = True  # ... with the steps of the tools of that name.
+  sampler.karras = False
+  sampler.steps = 30
+  sampler.guidance = 7.0
+  sampler.guidance_rescale = 0.0
+  sampler.guess = False
+  sampler.dtype = "auto"  # bfloat16 on a GPU, float32 elsewhere.
+  sampler.vae_dtype = "auto"  # As dtype.
+
+  config.control = control = ml_collections.ConfigDict()
+  control.pose_scale, control.grid_scale = 1.0, 1.0
+  control.pose_range = (0.0, 1.0)  # Part of the steps in which it counts.
+  control.grid_range = (0.0, 1.0)
+
+  config.backgrounds = backgrounds = ml_collections.ConfigDict()
+  backgrounds.count = 64  # Pictures of each light.
+  backgrounds.size = (0, 0)  # (H, W); 0: the canvas's, one program for both.
+  backgrounds.template = prompts.BACKGROUND
+  backgrounds.negative = prompts.NEGATIVE_BACKGROUND
+
+  config.matting = matting = ml_collections.ConfigDict()
+  matting.size = (320, 320)  # At which U2-Net looks at a cell.
+  matting.dtype = "float32"
+  matting.decontaminate = False  # Take the old ground's colour out of hems.
+
+  # Bounds of a good cell, geneperson/quality.py; below 0: no such rule.
+  config.rules = rules = ml_collections.ConfigDict()
+  rules.min_peak = 0.5
+  rules.min_area, rules.max_area = 0.08, 0.75
+  rules.max_second = 0.12
+  rules.max_border, rules.max_feet = 0.1, 0.5
+  rules.min_sharpness = 0.025
+  rules.min_agreement = -1.0  # With the skeleton; 0.8 is strict.
+  rules.min_difference = 3.0
+
+  # What no picture depends on; may differ between runs and stripes.
+  config.run = run = ml_collections.ConfigDict()
+  run.batch_size = 8  # Canvases at once.
+  run.decode_batch = 4  # Of them, that the VAE decodes at once.
+  run.num_threads = 0  # Of the host; 0: as there are cores, 16 at most.
+  run.stack_from = 0  # Transformers so deep are compiled as a loop; 0: none.
+  run.compilation_cache = "~/.cache/dppp_jax/xla"  # Empty: none.
+  return config
+
+
+def _mini() -> ml_collections.ConfigDict:
+  config = _paper()
+  config.num_identities = 40
+  config.cap = 6
+  config.image_size = (96, 48)
+  config.models.base = f"{_MINI}/sdxl"
+  config.models.pose_controlnet = f"{_MINI}/controlnet-openpose"
+  config.models.grid_controlnet = f"{_MINI}/controlnet-canny"
+  config.models.u2net = f"{_MINI}/u2netp"
+  config.canvas.rows, config.canvas.cols = 2, 3
+  config.canvas.cell = (96, 48)
+  config.canvas.multiple = 16
+  config.poses.fill = 0.9  # What the small networks were trained on.
+  config.prompt.template = lexicon.TEMPLATE
+  config.prompt.vocabulary = f"{_MINI}/vocabulary.json"
+  config.prompt.negative = ""
+  config.prompt.long = "error"
+  config.sampler.steps = 20
+  config.sampler.guidance = 4.0
+  config.backgrounds.count = 5
+  config.backgrounds.template = lexicon.BACKGROUND
+  config.backgrounds.negative = ""
+  config.matting.size = (96, 48)
+  config.run.batch_size = 4
+  return config
+
+
+def _paperdoll() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.maker = "paperdoll"
   # Another seed, other people.

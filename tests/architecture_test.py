@@ -29,6 +29,7 @@ _FLOORS = {
   "methods": 5,
   "paperdoll": 5,
   "cli": 6,
+  "generation": 7,
   "pretraining": 7,
   "training": 7,
   "demo": 8,

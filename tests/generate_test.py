@@ -20,6 +20,7 @@ from dppp_jax.geneperson import dataset
 from dppp_jax.paperdoll import world
 
 _ROOT = pathlib.Path(cli.__file__).parents[1]
+_DOLLS = "--config=configs/geneperson.py:paperdoll"
 _SMALL = (
   "--config.num_identities=3",
   "--config.cells=4",
@@ -134,12 +135,10 @@ def test_run_again_it_says_so(data_dir, capsys):
     (["--config.quality=101"], "quality=101"),
     (["--config.image_size=32"], "image_size=.*height,width"),
     (["--config.image_size=2,1"], "image_size=.*8 pixels or more"),
-    (["--config.maker=photographs"], "--config.maker=photographs"),
+    (["--config.maker=photographs"], "maker=photographs.*paperdoll, diffusion"),
     (["--config.sed=1"], "did you mean --config.seed"),
     (["--shard=2/2"], "--shard 2/2: write i/N"),
     (["--num_processes=-1"], "num_processes"),
-    (["--config=configs/geneperson.py:mini"], "not there yet.*:paperdoll"),
-    (["--config=configs/geneperson.py"], "not there yet.*:paperdoll"),
     (["--config=configs/geneperson.py:dolls"], "no such preset"),
     (["--config=geneperson.yaml"], "geneperson.yaml: no such file"),
     (["data"], "unexpected word 'data'"),
@@ -157,7 +156,8 @@ def test_mistakes(data_dir, capsys, words, message):
 
 def test_ctrl_c_on_a_terminal_reaches_all_and_is_answered_once(tmp_path):
   """Right at the start, when the drawing processes still import."""
-  command = [sys.executable, str(_ROOT / "launch/generate.py"), *_SMALL]
+  command = [sys.executable, str(_ROOT / "launch/generate.py"), _DOLLS]
+  command += _SMALL
   process = subprocess.Popen(
     [*command, f"--data_dir={tmp_path}", "--num_processes=2"],
     env=os.environ | {"PYTHONPATH": str(_ROOT)},
@@ -185,7 +185,7 @@ def test_ctrl_c_on_a_terminal_reaches_all_and_is_answered_once(tmp_path):
 
 def test_a_killed_parent_leaves_no_one_behind(tmp_path):
   """kill -9 of the launcher: its drawing processes end by themselves."""
-  command = [sys.executable, str(_ROOT / "launch/generate.py")]
+  command = [sys.executable, str(_ROOT / "launch/generate.py"), _DOLLS]
   command += ["--config.num_identities=500", "--config.image_size=32,16"]
   process = subprocess.Popen(
     [*command, f"--data_dir={tmp_path}", "--num_processes=1"],
