@@ -270,9 +270,16 @@ def test_coco_body_25_and_units_are_one_skeleton(tmp_path):
     assert (found is None) == (want is None)
     if want:
       np.testing.assert_allclose(found, want, rtol=1e-12)
+  # From -1 to 1 is the same at twice the size, and numbers have no size.
+  both = _person(points)
+  both["pose_keypoints_2d"] = [
+    value if i % 3 == 2 else 2 * value / (400, 500)[i % 3] - 1
+    for i, value in enumerate(both["pose_keypoints_2d"])
+  ]
+  _write(tmp_path / "d.json", both, canvas_width=400, canvas_height=500)
   numbers = {
     pose_bank.read_openpose(tmp_path / f"{name}.json")[0].number
-    for name in "abc"
+    for name in "abcd"
   }
   assert len(numbers) == 1 and min(numbers) >= 2**40
 
@@ -384,7 +391,7 @@ def _numbers(numbers, **more):
       _numbers([0.5, 0.2, 1] * 18, canvas_width=0, canvas_height=9),
       "0 to 1 and no canvas_width",
     ),
-    (_numbers([-0.5, 0.2, 1] * 18), "keypoint_scale 0"),
+    (_numbers([-0.5, 0.2, 1] * 18), "0 to 1 and no canvas_width"),
   ],
 )
 def test_bad_files_are_one_line_that_names_them(tmp_path, text, words):

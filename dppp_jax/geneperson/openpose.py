@@ -5,7 +5,8 @@
 
 Read are the 18 points of COCO (54 numbers) and the 25 of BODY-25 (75 numbers,
 of which the middle of the hips and the feet are left out); hands and faces are
-not. Coordinates are pixels, or shares of the canvas where none is above 1.
+not. Coordinates are pixels or, where all are small, shares of the canvas from 0
+to 1 or from -1 to 1 (OpenPose's --keypoint_scale 3 and 4).
 """
 
 from collections.abc import Sequence
@@ -259,20 +260,16 @@ def _unit(
   values: dict[str, Any], xy: np.ndarray, path: pathlib.Path
 ) -> np.ndarray:
   """Returns the factors (x, y) that make coordinates pixels."""
-  if xy.max() > 1:
+  # Points may lie a little off the canvas; a figure of two pixels is none.
+  if np.abs(xy).max() > 2:
     return np.ones(2)
-  if xy.min() < 0:
-    raise errors.UserError(
-      f"{path} has coordinates of -1 to 1: write it with --keypoint_scale 0"
-      " (pixels) or 3 (0 to 1)"
-    )
   sides = [values.get(name) for name in ("canvas_width", "canvas_height")]
   is_size = all(
     isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in sides
   )
   if not is_size:
     raise errors.UserError(
-      f"{path} has coordinates of 0 to 1 and no canvas_width and"
+      f"{path} has coordinates of -1 or 0 to 1 and no canvas_width and"
       " canvas_height, without which nobody knows how wide the figure is: add"
       " them, or write pixels"
     )
