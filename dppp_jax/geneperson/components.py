@@ -17,7 +17,6 @@ from dppp_jax.diffusion import schedulers
 from dppp_jax.geneperson import digests as digests_lib
 from dppp_jax.geneperson import sources
 from dppp_jax.weights import (
-  controlnet_file,
   diffusers_folder,
   hub,
   lora,
@@ -78,12 +77,13 @@ def load_components(
   )
   nets = _resolve(found, controlnets)
   parts = found.parts(method=scheduler)
-  for path in nets:
-    sources.check_controlnet(path, variant)
   steps = parts.scheduler
   parts = dataclasses.replace(
     parts,
-    controlnets=tuple(sources.controlnet_config(path) for path in nets),
+    controlnets=tuple(
+      sources.controlnet_config(path, parts.unet, variant=variant)
+      for path in nets
+    ),
     scheduler=schedulers.k_diffusion(steps) if k_diffusion else steps,
     stack_from=stack_from,
   )
@@ -94,9 +94,9 @@ def load_components(
       sources.param_shapes(parts), loras, allow_unmatched=allow_unmatched
     )
   params = found.params(stack_from=stack_from)
-  for k, path in enumerate(nets):
-    _, params[components_lib.controlnet_name(k)] = controlnet_file.load(
-      path, variant=variant, stack_from=stack_from
+  for k, (path, net) in enumerate(zip(nets, parts.controlnets, strict=True)):
+    params[components_lib.controlnet_name(k)] = sources.controlnet(
+      path, net, variant=variant, stack_from=stack_from
     )
   params = merge_loras(params, loras, allow_unmatched=allow_unmatched)
   return dataclasses.replace(parts, params=params)

@@ -8,6 +8,7 @@ hashed is remembered by path, size and time of change.
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -155,7 +156,8 @@ class _Memory:
       scratch.write_text(text, encoding="utf-8")
       scratch.replace(self._path)
     except OSError:
-      scratch.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        scratch.unlink()
 
   def _read(self) -> dict[str, Any]:
     try:

@@ -228,8 +228,9 @@ class _File:
     found = {"base": digests.Source(self._name, {"": self._path})}
     for k, folder in enumerate(self._tokenizers):
       files = _tokenizer_files(folder)
-      name = "tokenizer_2" if k else "tokenizer"
-      found[name] = _source(name, folder, files)
+      found["tokenizer_2" if k else "tokenizer"] = _source(
+        "tokenizer", folder, files
+      )
     return found
 
   def _find_tokenizers(
@@ -266,16 +267,35 @@ class _File:
     return [found] * count
 
 
-def controlnet_config(path: pathlib.Path) -> unet_config.ControlNetConfig:
-  """Returns the configuration of a ControlNet; its weights are not read."""
-  with named(path):
-    config = controlnet_file.read_config(path)
-  return config
+def controlnet_config(
+  path: pathlib.Path, unet: unet_config.Config, *, variant: str | None
+) -> unet_config.ControlNetConfig:
+  """Returns the configuration of a ControlNet; its weights are not read.
 
-
-def check_controlnet(path: pathlib.Path, variant: str | None) -> None:
-  """Refuses a ControlNet whose files are missing or damaged."""
+  Raises:
+    errors.UserError: its files are missing or damaged, or it is none.
+  """
   hub.check(_controlnet_weights(path, variant))
+  with named(path):
+    return controlnet_file.read_config(path, unet=unet)
+
+
+def controlnet(
+  path: pathlib.Path,
+  config: unet_config.ControlNetConfig,
+  *,
+  variant: str | None,
+  stack_from: int,
+) -> types.Params:
+  """Reads the parameters of a ControlNet."""
+  is_folder = controlnet_file.is_folder(path)
+  _, params = controlnet_file.load(
+    path,
+    config=None if is_folder else config,
+    variant=variant,
+    stack_from=stack_from,
+  )
+  return params
 
 
 def describe_controlnet(

@@ -2,9 +2,9 @@
 
     config, params = controlnet_file.load("OpenPoseXL2.safetensors")
 
-The sizes are read off the tensors. What no tensor tells is that of the base
-models: heads are 64 wide (in SD 1.x there are 8), pictures are RGB, and
-residuals are not pooled.
+The sizes are read off the tensors. What no tensor tells is that of the UNet
+that it was made from, where that is known, or of the base models: heads are 64
+wide (in SD 1.x there are 8). Pictures are RGB, and residuals are not pooled.
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,11 @@ Tensors = Mapping[str, np.ndarray]
 _PREFIX = "control_model."
 _COND = "controlnet_cond_embedding."
 _HEAD = 64
+# Of the configuration: what no tensor tells, and what a UNet lends its copies.
+_UNTOLD = (
+  *("attention_head_dim", "num_attention_heads", "addition_time_embed_dim"),
+  *("norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos", "freq_shift"),
+)
 
 
 def load(
@@ -78,15 +83,23 @@ def load(
   return config, diffusion_rules.stack_layers(params, stack_from=stack_from)
 
 
-def read_config(path: single_file.Path) -> unet_config.ControlNetConfig:
+def read_config(
+  path: single_file.Path, *, unet: unet_config.Config | None = None
+) -> unet_config.ControlNetConfig:
   """Returns the configuration that `load` would, without the weights.
+
+  Args:
+    path: as in `load`.
+    unet: the UNet that it is to steer. Where it has the same widths it tells,
+      of a file without config.json, what tensors do not: then hand the
+      configuration to `load`.
 
   Raises:
     errors.UserError: as `load`, but for what only the weights show.
   """
   if is_folder(path):
     return diffusers_folder.read_config(path, "controlnet")
-  return _open(path, None)[0]
+  return _open(path, None, unet)[0]
 
 
 def is_folder(path: single_file.Path) -> bool:
@@ -96,7 +109,9 @@ def is_folder(path: single_file.Path) -> bool:
 
 
 def _open(
-  path: single_file.Path, config: unet_config.ControlNetConfig | None
+  path: single_file.Path,
+  config: unet_config.ControlNetConfig | None,
+  unet: unet_config.Config | None = None,
 ) -> tuple[unet_config.ControlNetConfig, Tensors, bool]:
   """Returns sizes and tensors, and whether those have the original names."""
   where = str(path)
@@ -120,17 +135,24 @@ def _open(
       " SDXL or SD 1.x"
     )
   if config is None:
-    config = _SD1 if is_original else _read_sizes(tensors, where)
+    config = _SD1 if is_original else _read_sizes(tensors, where, unet)
   return config, tensors, is_original
 
 
 _SD1 = unet_config.ControlNetConfig(cross_attention_dim=768)
 
 
-def _read_sizes(tensors: Tensors, where: str) -> unet_config.ControlNetConfig:
+def _read_sizes(
+  tensors: Tensors, where: str, unet: unet_config.Config | None
+) -> unet_config.ControlNetConfig:
   """Returns the configuration of tensors with diffusers' names."""
   try:
     fields = _sizes(tensors)
+    if unet and unet.block_out_channels == fields["block_out_channels"]:
+      fields |= {name: getattr(unet, name) for name in _UNTOLD}
+    told = fields.get("projection_class_embeddings_input_dim")
+    if told is not None and told <= 6 * fields["addition_time_embed_dim"]:
+      raise ValueError(f"{told} numbers of pooled text and sizes")
     if "task_embedding" not in tensors:
       return unet_config.ControlNetConfig(**fields)
     del fields["mid_block_type"]  # A union has only one.
