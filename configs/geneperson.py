@@ -60,6 +60,7 @@ def _paper() -> ml_collections.ConfigDict:
   # Folders, files or hub ids.
   config.models = models = ml_collections.ConfigDict()
   models.base = "stabilityai/stable-diffusion-xl-base-1.0"
+  models.tokenizer = ""  # Folder; for a base in one file that has none beside.
   models.variant = ""  # Which of several precisions, e.g. fp16.
   # Empty: without this ControlNet. Twice the same union: run once.
   models.pose_controlnet = "xinsir/controlnet-openpose-sdxl-1.0"
@@ -72,6 +73,7 @@ def _paper() -> ml_collections.ConfigDict:
   loras.detail, loras.detail_scale = "", 0.8
   loras.lighting, loras.lighting_scale = "", 0.8
   loras.style, loras.style_scale = "", 0.8
+  loras.allow_unmatched = False  # Merge what fits of one for another base.
 
   config.canvas = canvas = ml_collections.ConfigDict()
   canvas.rows, canvas.cols = 6, 7

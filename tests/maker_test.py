@@ -21,7 +21,6 @@ from dppp_jax.geneperson import (
   canvas,
   identity,
   maker,
-  manifest,
   matting,
   pipeline,
   pose_bank,
@@ -348,18 +347,3 @@ def test_progress_tells_rates_and_drops(monkeypatch, capsys):
   line = capsys.readouterr().err
   assert "2 of 6 canvases, 0.04 canvases/s, 0.7 images/s, 57% dropped" in line
   assert "01:40 left" in line
-
-
-def test_digest_sees_names_types_shapes_and_numbers():
-  tree = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
-  first = manifest.digest(tree)
-  kernel = tree["a"]["kernel"]
-  assert manifest.digest({"a": {"kernel": kernel.copy("F")}}) == first
-  others = [
-    {"a": {"bias": kernel}},
-    {"a": {"kernel": kernel.reshape(3, 2)}},
-    {"a": {"kernel": kernel.view(np.int32)}},
-    {"a": {"kernel": kernel + np.float32(1e-6)}},
-    {"a": {"kernel": kernel, "bias": np.float32(0)}},
-  ]
-  assert len({first, *map(manifest.digest, others)}) == 6

@@ -27,6 +27,7 @@ FLAGS = (
   "--config.canvas.cols=2",
   "--config.canvas.cell=32,16",
   "--config.canvas.multiple=4",
+  "--config.poses.fill=0.8",
   "--config.sampler.steps=2",
   "--config.backgrounds.count=2",
   "--config.matting.size=32,32",

@@ -2,17 +2,12 @@
 
 import collections
 from collections.abc import Mapping, Sequence
-from concurrent import futures
-import hashlib
 import importlib.metadata
 import pathlib
 import platform
 import subprocess
 from typing import Any
 
-import numpy as np
-
-from dppp_jax import trees
 from dppp_jax.geneperson import store
 
 _PACKAGES = (
@@ -26,27 +21,6 @@ _PACKAGES = (
   "tensorflow-datasets",
   "array_record",
 )
-
-
-def digest(tree: Any) -> str:
-  """Returns the SHA-256 of parameters: of their names, types and numbers.
-
-  Leaves are hashed in threads, since SDXL has ten gigabytes of them.
-
-  Args:
-    tree: nested dicts of arrays.
-  """
-
-  def one(item: tuple[str, Any]) -> bytes:
-    name, leaf = item
-    leaf = np.ascontiguousarray(leaf)
-    found = hashlib.sha256(f"{name} {leaf.dtype} {leaf.shape}".encode())
-    found.update(leaf.view(np.uint8) if leaf.ndim else leaf.tobytes())
-    return found.digest()
-
-  flat = sorted(trees.flatten(tree).items())
-  with futures.ThreadPoolExecutor() as pool:
-    return hashlib.sha256(b"".join(pool.map(one, flat))).hexdigest()
 
 
 def note(

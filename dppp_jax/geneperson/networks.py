@@ -6,7 +6,6 @@ Which key of the configuration a file belongs to is part of every complaint.
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,9 +14,10 @@ import numpy as np
 from dppp_jax import errors, logs
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import conditioning
-from dppp_jax.geneperson import components, manifest, matting
+from dppp_jax.geneperson import components, matting, sources
+from dppp_jax.geneperson import digests as digests_lib
 from dppp_jax.models import controlnet_union
-from dppp_jax.weights import hub, lora
+from dppp_jax.weights import lora
 
 SLOTS = ("detail", "lighting", "style")  # Of the paper's LoRAs.
 
@@ -33,7 +33,6 @@ class Networks(NamedTuple):
     arrange: (skeletons, grid) -> control images.
     kinds: of the sampler.
     controls: the two ControlNets that there are: "pose", "grid".
-    digests: of each network, and of each LoRA file.
   """
 
   parts: components_lib.Components
@@ -41,7 +40,6 @@ class Networks(NamedTuple):
   arrange: Callable[[np.ndarray, np.ndarray], list[Any]]
   kinds: list[tuple[int, ...] | None]
   controls: tuple[str, ...]
-  digests: dict[str, Any]
 
 
 class _Controls(NamedTuple):
@@ -57,6 +55,43 @@ class _Controls(NamedTuple):
   files: list[pathlib.Path]
   names: tuple[str, ...]
   both: bool
+
+
+def digests(
+  config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
+) -> dict[str, dict[str, str]]:
+  """Returns {role: {"name", "sha256"}}; reads no weights.
+
+  Args:
+    config: of configs/geneperson.py, as nested dicts.
+    places: files and folders by their keys in it.
+
+  Raises:
+    errors.UserError: a file is missing.
+  """
+  given = named("models", lambda: components.digests(**_base(config, places)))
+  given |= named(
+    "models.u2net",
+    lambda: digests_lib.describe(
+      {"u2net": sources.describe_u2net(places["models.u2net"])}
+    ),
+  )
+  loras = {
+    f"lora_{slot}": sources.describe_lora(one)
+    for slot, one in _loras(config, places).items()
+  }
+  return given | named("loras", lambda: digests_lib.describe(loras))
+
+
+def tokenizers(
+  config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
+) -> components_lib.Components:
+  """Returns the base without its parameters, to look at its tokenizers."""
+  given = _base(config, places)
+  base, _ = given.pop("base"), given.pop("controlnets")
+  return named(
+    "models.base", lambda: sources.base(base, **given).parts(method=None)
+  )
 
 
 def load(
@@ -83,42 +118,51 @@ def load(
       min_peak=max(config["rules"]["min_peak"], 0.0),
     ),
   )
-  controls = _controls(places)
   parts = named(
     "models",
     lambda: components.load_components(
-      places["models.base"],
-      controlnets=controls.files,
-      scheduler=config["sampler"]["scheduler"],
+      **_base(config, places),
+      loras=list(_loras(config, places).values()),
+      scheduler=config["sampler"]["scheduler"] or None,
       k_diffusion=config["sampler"]["k_diffusion"],
-      variant=config["models"]["variant"] or None,
       stack_from=config["run"]["stack_from"],
+      allow_unmatched=config["loras"]["allow_unmatched"],
     ),
   )
+  controls = _controls(places)
   arrange, kinds = _arrange(
     controls, parts, tuple(config["models"]["union_kinds"])
   )
-  # Before the LoRAs: their sums may round differently on another machine.
-  digests = {name: manifest.digest(p) for name, p in parts.params.items()}
-  digests["u2net"] = manifest.digest(mattes.variables)
-  digests["configuration"] = _text_digest(
-    (parts.unet, parts.vae, parts.texts, parts.zero_negative),
-    *map(_words, parts.tokenizers),
-  )
-  digests["controlnet_configuration"] = _text_digest(*parts.controlnets)
-  files = {s: places[f"loras.{s}"] for s in SLOTS if f"loras.{s}" in places}
-  scales = {slot: config["loras"][f"{slot}_scale"] for slot in files}
-  loras = [lora.Lora(file, scale=scales[s]) for s, file in files.items()]
-  params = named("loras", lambda: components.merge_loras(parts.params, loras))
-  digests["loras"] = {
-    slot: {"sha256": _file_digest(file), "scale": scales[slot]}
-    for slot, file in files.items()
-  }
   steps = dataclasses.replace(
     parts.scheduler, karras=config["sampler"]["karras"]
   )
-  parts = dataclasses.replace(parts, params=params, scheduler=steps)
-  return Networks(parts, mattes, arrange, kinds, controls.names, digests)
+  parts = dataclasses.replace(parts, scheduler=steps)
+  return Networks(parts, mattes, arrange, kinds, controls.names)
+
+
+def _base(
+  config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
+) -> dict[str, Any]:
+  """Returns what finding, describing and loading a base have in common."""
+  words = places.get("models.tokenizer")
+  return {
+    "base": places["models.base"],
+    "controlnets": _controls(places).files,
+    "variant": config["models"]["variant"] or None,
+    "tokenizers": None if words is None else [words],
+  }
+
+
+def _loras(
+  config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
+) -> dict[str, lora.Lora]:
+  return {
+    slot: lora.Lora(
+      places[f"loras.{slot}"], scale=config["loras"][f"{slot}_scale"]
+    )
+    for slot in SLOTS
+    if f"loras.{slot}" in places
+  }
 
 
 def _controls(places: Mapping[str, pathlib.Path]) -> _Controls:
@@ -164,23 +208,6 @@ def _arrange(
     (kinds[i],) if union else None
     for i, union in zip(places, unions, strict=True)
   ]
-
-
-def _words(tokenizer: Any) -> tuple[Any, ...]:
-  ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-  return sorted(tokenizer.get_vocab().items()), ids, tokenizer.model_max_length
-
-
-def _text_digest(*values: Any) -> str:
-  """Returns the SHA-256 of what Python writes of values."""
-  return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-def _file_digest(path: pathlib.Path) -> str:
-  if path.is_dir():
-    return manifest.digest(hub.read_tensors(path))
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def chunks(

@@ -129,13 +129,7 @@ def run(
   check_positive(num_identities=num_identities, cap=cap)
   if not 1 <= quality <= 100:
     raise errors.UserError(f"quality={quality}: JPEG knows 1 to 100")
-  config = {
-    **config,
-    "source": source,
-    "seed": seed,
-    "cap": cap,
-    "quality": quality,
-  }
+  config = _whole_config(config, source, seed, cap, quality)
   spec = dataset.features(image_size)
   with store_lib.Store(
     data_dir,
@@ -197,6 +191,42 @@ def run(
 
     folder = store.finalize(describe)
   return Outcome(folder, True, made, 0, **totals)
+
+
+def is_finished(
+  data_dir: str | os.PathLike,
+  *,
+  num_identities: int,
+  seed: int,
+  image_size: tuple[int, int],
+  source: str,
+  config: Mapping[str, Any],
+  cap: int = 20,
+  quality: int = 95,
+  **others: Any,
+) -> bool:
+  """Tells whether `run` of the same arguments would find nothing to do.
+
+  Asked before gigabytes are read; it makes nothing.
+
+  Raises:
+    errors.UserError: data_dir holds another configuration.
+  """
+  del others
+  return store_lib.is_finished(
+    data_dir,
+    config=_whole_config(config, source, seed, cap, quality),
+    num_identities=num_identities,
+    image_size=image_size,
+  )
+
+
+def _whole_config(
+  config: Mapping[str, Any], source: str, seed: int, cap: int, quality: int
+) -> dict[str, Any]:
+  """Returns what the store compares."""
+  own = {"source": source, "seed": seed, "cap": cap, "quality": quality}
+  return {**config, **own}
 
 
 def _encoded(

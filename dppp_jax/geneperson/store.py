@@ -69,6 +69,36 @@ def fingerprint(config: Mapping[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_finished(
+  data_dir: str | os.PathLike,
+  *,
+  config: Mapping[str, Any],
+  num_identities: int,
+  image_size: tuple[int, int],
+) -> bool:
+  """Tells whether a dataset is there; makes and locks nothing.
+
+  Args:
+    data_dir: as `Store` takes it, like the others.
+    config: likewise.
+    num_identities: likewise.
+    image_size: likewise.
+
+  Raises:
+    errors.UserError: what is there, finished or not, is of another
+      configuration.
+  """
+  root = pathlib.Path(data_dir) / dataset.NAME
+  whole = _whole(config, num_identities, image_size)
+  if (root / dataset.VERSION).exists():
+    _compare(root / dataset.VERSION / "manifest.json", whole)
+    return True
+  begun = root / f"{dataset.VERSION}.parts" / "config.json"
+  if begun.exists():
+    _compare(begun, whole)
+  return False
+
+
 class Store:
   """One stripe of a dataset in the making; a context manager.
 
@@ -107,12 +137,7 @@ class Store:
     self.folder = root / dataset.VERSION
     self._parts = root / f"{dataset.VERSION}.parts"
     self._scratch = root / f"incomplete.{dataset.VERSION}"
-    self._config = {
-      **json.loads(json.dumps(config)),
-      "layout": _LAYOUT,
-      "num_identities": num_identities,
-      "image_size": list(image_size),
-    }
+    self._config = _whole(config, num_identities, image_size)
     self._image_size = image_size
     self._shard = shard
     self._max_part_bytes = max_part_bytes
@@ -205,7 +230,7 @@ class Store:
   def _open(self) -> None:
     with disk.locked(self._root_lock):
       if self.folder.exists():
-        self._compare(self.folder / "manifest.json", self.folder)
+        _compare(self.folder / "manifest.json", self._config)
         # A run may have been killed between the rename and this.
         shutil.rmtree(self._parts, ignore_errors=True)
         self.finished = True
@@ -213,7 +238,7 @@ class Store:
       self._parts.mkdir(exist_ok=True)
       path = self._parts / "config.json"
       if path.exists():
-        self._compare(path, self._parts)
+        _compare(path, self._config)
       elif any(self._parts.glob("*.tfrecord")):
         raise errors.UserError(
           f"{path}: missing, so nobody knows what the parts beside it are:"
@@ -227,26 +252,6 @@ class Store:
         disk.replace(path, json.dumps(held, indent=2))
       self._own_stripe()
       self._recover()
-
-  def _compare(self, path: pathlib.Path, folder: pathlib.Path) -> None:
-    remedy = "choose another --data_dir, or remove that folder"
-    try:
-      held = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise errors.UserError(
-        f"{folder}: holds something that this command did not write (no"
-        f" {path.name}): {remedy}"
-      ) from error
-    if fingerprint(held) != fingerprint(self._config):
-      differs = [
-        f"{key} is {held.get(key)!r} there and {self._config.get(key)!r} here"
-        for key in sorted(held.keys() | self._config.keys())
-        if held.get(key) != self._config.get(key)
-      ]
-      raise errors.UserError(
-        f"{folder}: holds a dataset of another configuration"
-        f" ({'; '.join(differs[:3])}): {remedy}"
-      )
 
   def _own_stripe(self) -> None:
     """Takes the locks: all runs agree on N, and each i has one owner."""
@@ -369,6 +374,48 @@ class Store:
     except BaseException:
       shutil.rmtree(self._scratch, ignore_errors=True)  # The parts stay.
       raise
+
+
+def _whole(
+  config: Mapping[str, Any], num_identities: int, image_size: tuple[int, int]
+) -> dict[str, Any]:
+  """Returns what the fingerprint is taken of."""
+  return {
+    **json.loads(json.dumps(config)),
+    "layout": _LAYOUT,
+    "num_identities": num_identities,
+    "image_size": list(image_size),
+  }
+
+
+def _compare(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Refuses a folder of another configuration than that in a file of it."""
+  folder = path.parent
+  remedy = "choose another --data_dir, or remove that folder"
+  try:
+    held = json.loads(path.read_text())["config"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{folder}: holds something that this command did not write (no"
+      f" {path.name}): {remedy}"
+    ) from error
+  if fingerprint(held) != fingerprint(config):
+    differs = _differences(held, config)
+    raise errors.UserError(
+      f"{folder}: holds a dataset of another configuration"
+      f" ({'; '.join(differs[:3])}): {remedy}"
+    )
+
+
+def _differences(held: Any, config: Any, where: str = "") -> list[str]:
+  """Returns what differs, as deep as both are mappings."""
+  if isinstance(held, Mapping) and isinstance(config, Mapping):
+    found = []
+    for key in sorted(held.keys() | config.keys()):
+      inside = f"{where}.{key}" if where else key
+      found += _differences(held.get(key), config.get(key), inside)
+    return found
+  return [f"{where} is {held!r} there and {config!r} here"] * (held != config)
 
 
 def _entries(folder: pathlib.Path) -> list[Entry]:

@@ -1,0 +1,386 @@
+"""Stage A whole, through launch/generate.py, with random networks of its kind.
+
+diffusers wrote the networks; see tiny_sdxl.py. Nothing that is drawn shows a
+person, so the rules are off; what they drop is shown in maker_test.py.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import tiny_sdxl
+
+from dppp_jax import cli
+from dppp_jax.data import shards
+from dppp_jax.diffusion import sampler as sampler_lib
+from dppp_jax.geneperson import disk, matting, pose_bank, prompts
+
+_ROOT = pathlib.Path(cli.__file__).parents[1]
+_CONFIG = "--config=configs/geneperson.py"
+_COUNT = 5
+
+
+def _module():
+  spec = importlib.util.spec_from_file_location(
+    "launcher", _ROOT / "launch/generate.py"
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def generate(*words):
+  """Runs the launcher in this process and returns its exit code."""
+  module = _module()
+  with pytest.raises(SystemExit) as info:
+    cli.run(
+      module.main,
+      config="geneperson.py:mini",
+      define_flags=module.define_flags,
+      argv=["launch/generate.py", *words],
+    )
+  return info.value.code or 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+  """Neither reads nor writes what the user's cache holds."""
+  with pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("cache")
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+    yield folder
+  sampler_lib.use_compilation_cache(None)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+  return tiny_sdxl.write(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture(scope="module")
+def words(places):
+  flags = [*tiny_sdxl.flags(places), *tiny_sdxl.FLAGS, *tiny_sdxl.NO_RULES]
+  return [_CONFIG, *flags]
+
+
+class _Made(list):
+  """Samplers that the launcher built."""
+
+  def __enter__(self):
+    made, self.patch = self, pytest.MonkeyPatch()
+
+    class Spy(sampler_lib.Sampler):
+      def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        made.append(self)
+
+    self.patch.setattr(sampler_lib, "Sampler", Spy)
+    return self
+
+  def __exit__(self, *_):
+    self.patch.undo()
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+  """An undisturbed run: its data_dir, its sampler and its programs."""
+  path = tmp_path_factory.mktemp("whole")
+  before = matting._canvases._cache_size()
+  with _Made() as made:
+    assert generate(*words, f"--data_dir={path}") == 0
+  assert len(made) == 1
+  return path, made[0].traces, matting._canvases._cache_size() - before
+
+
+def _raw(data_dir):
+  held = shards.load(data_dir, verify=True)
+  return [held.raw(i) for i in range(len(held))]
+
+
+def _folder(data_dir):
+  return data_dir / "geneperson" / "1.0.0"
+
+
+def _manifest(data_dir):
+  return json.loads((_folder(data_dir) / "manifest.json").read_text())
+
+
+def test_one_program_of_each_kind_draws_everything(whole):
+  """Backgrounds with no ControlNet, and the last batch, which is short."""
+  _, traces, mattings = whole
+  assert traces == {"encode": 1, "begin": 1, "denoise": 1, "decode": 1}
+  assert mattings == 1
+
+
+def test_the_dataset(whole):
+  path, _, _ = whole
+  held = shards.load(path)
+  people, bank = prompts.People(0), pose_bank.default_bank()
+  assert held.pids.tolist() == np.repeat(range(_COUNT), 3).tolist()
+  pictures = [held.record(i) for i in range(len(held))]
+  for record in pictures:
+    person = people[record["pid"]]
+    assert record["image"].shape == (32, 16, 3)
+    assert record["image"].std() > 10  # Something was drawn.
+    assert record["prompt"] == person.prompt()
+    pose = bank.numbered(record["pose"])
+    assert (pose.view, pose.activity) == (
+      record["view"],
+      person.words["activity"].split()[0],
+    )
+  told = _manifest(path)
+  assert (told["cells"], told["images"]) == (4 * _COUNT, 3 * _COUNT)
+  assert told["dropped"] == {"cap": _COUNT}
+  assert told["networks"]["u2net"] == "u2net.safetensors"
+  assert told["networks"]["lora_style"] == "style.safetensors"
+  assert told["config"]["loras"]["style"]["scale"] == 0.5
+  assert {len(x) for x in told["config"]["models"].values()} == {64, 2}
+  assert len(set(told["seeds"].values())) == _COUNT
+  assert str(path) not in json.dumps(told["config"])
+
+
+def test_the_backgrounds(whole):
+  path, _, _ = whole
+  people = prompts.People(0)
+  lights = {people[pid].lighting for pid in range(_COUNT)}
+  (folder,) = (path / "geneperson_backgrounds").iterdir()
+  files = sorted(folder.glob("*.png"))
+  assert len(files) == 2 * len(lights)
+  found = [np.asarray(PIL.Image.open(file)) for file in files]
+  assert {picture.shape for picture in found} == {(64, 32, 3)}
+  assert len({picture.tobytes() for picture in found}) == len(files)
+
+
+def test_run_again_it_reads_no_network(whole, words, capsys, monkeypatch):
+  path, _, _ = whole
+  monkeypatch.setattr(sampler_lib, "Sampler", None)
+  assert generate(*words, f"--data_dir={path}") == 0
+  assert "is finished, nobody was left to make" in capsys.readouterr().out
+
+
+def test_in_stripes_and_moved_the_same(whole, places, words, tmp_path):
+  """Other neighbours in a batch, and networks that lie elsewhere."""
+  base = tmp_path / "elsewhere"
+  shutil.copytree(places["models.base"], base)
+  more = [f"--config.models.base={base}", f"--data_dir={tmp_path}"]
+  assert generate(*words, *more, "--shard=1/2") == 0
+  more += ["--config.run.num_threads=1", "--sheet_every=0"]
+  assert generate(*words, *more, "--shard=0/2") == 0
+  assert sorted(_raw(tmp_path)) == sorted(_raw(whole[0]))
+  assert (
+    _manifest(tmp_path)["fingerprint"] == _manifest(whole[0])["fingerprint"]
+  )
+
+
+def _start(words, data_dir):
+  return subprocess.Popen(
+    [
+      *(sys.executable, str(_ROOT / "launch/generate.py"), *words),
+      f"--data_dir={data_dir}",
+    ],
+    cwd=data_dir,
+    env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_killed_at_any_moment_nothing_is_lost_or_made_twice(
+  whole, words, tmp_path
+):
+  """kill -9 among the backgrounds, then among the people; then to the end."""
+  rng = random.Random(time.time_ns())
+  pictures = lambda: len(list(tmp_path.glob("geneperson_backgrounds/*/*.png")))
+  journal = tmp_path / "geneperson/1.0.0.parts/stripe-00000-of-00001.journal"
+  lines = lambda: journal.read_bytes().count(b"\n") if journal.exists() else 0
+  moments = [(pictures, rng.randint(1, 5)), (lines, rng.randint(1, 3))]
+  for count, enough in moments:
+    process = _start(words, tmp_path)
+    deadline = time.monotonic() + 120
+    while count() < enough and process.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+    time.sleep(rng.random() * 0.02)
+    process.send_signal(signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 0), out + err
+  assert generate(*words, f"--data_dir={tmp_path}") == 0
+  name = "geneperson-train.tfrecord-00000-of-00001"
+  one, two = (_folder(path) / name for path in (whole[0], tmp_path))
+  assert one.read_bytes() == two.read_bytes()
+  seeds = lambda path: _manifest(path)["seeds"]
+  assert seeds(tmp_path) == seeds(whole[0])
+
+
+def test_no_space_left_in_the_middle(
+  whole, words, tmp_path, monkeypatch, capsys
+):
+  calls, write = iter(range(1000)), disk.write
+
+  def full(file, data):
+    if next(calls) >= 5:  # Two people have their records and their lines.
+      raise OSError(errno.ENOSPC, "No space left on device")
+    write(file, data)
+
+  monkeypatch.setattr(disk, "write", full)
+  assert generate(*words, f"--data_dir={tmp_path}") == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert re.match("error: .*no space left.*nothing that was finished", error)
+  monkeypatch.undo()
+  assert generate(*words, f"--data_dir={tmp_path}") == 0
+  assert "3 people made in this run" in capsys.readouterr().out
+  assert _raw(tmp_path) == _raw(whole[0])
+
+
+def _mistake(capsys, *words):
+  capsys.readouterr()
+  assert generate(*words) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[-1].startswith("error: "), lines
+  assert not any("Traceback" in line for line in lines)
+  return lines[-1]
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    # Networks.
+    (["models.base={tmp}/no"], r"config\.models\.base: .*no does not exist"),
+    (["models.base={tmp}"], r"config\.models.*model_index\.json"),
+    (["models.base={pose}"], r"config\.models.*ControlNetModel"),
+    (["models.base="], r"models\.base is empty"),
+    (["models.pose_controlnet={tmp}/no"], r"pose_controlnet: .*not exist"),
+    (["models.grid_controlnet={base}/vae"], r"config\.models: .*vae"),
+    (["models.grid_controlnet={pose}"], "is no union: give two"),
+    (["models.u2net={tmp}/u2net.pth"], r"models\.u2net: .*does not exist"),
+    (["models.u2net={style}"], r"models\.u2net: .*is no U2-Net"),
+    (["models.u2net="], r"models\.u2net is empty"),
+    (["loras.style={tmp}/no.safetensors"], r"loras\.style: .*not exist"),
+    (["loras.style={u2net}"], r"u2net\.safetensors matches no module"),
+    (["prompt.vocabulary={tmp}/no.json"], "no.json cannot be read"),
+    (["poses.openpose={tmp}"], "holds no .json file"),
+    # Prompts.
+    (["prompt.long=error"], r"pid 0 \(and \d+ more\): .*over the .*truncate"),
+    (["prompt.long=cut"], r"prompt\.long=cut: choose error, truncate"),
+    (["prompt.template={{gender}} {{shoes}}"], "shoes} is no attribute"),
+    # Canvas.
+    (["canvas.cell=30,16", "canvas.multiple=8"], "60 pixels high.*multiple"),
+    (["canvas.cell=32,16,8"], r"canvas\.cell=\(32, 16, 8\): write two"),
+    (["canvas.rows=0"], "is empty: all numbers must be positive"),
+    (
+      ["canvas.cell=31,16", "canvas.multiple=1", "canvas.rows=1"],
+      "config.canv",
+    ),
+    (["backgrounds.size=16,16"], "smaller than a cell"),
+    (["poses.fill=1.4"], r"poses\.fill: .*off the"),
+    # Numbers.
+    (["sampler.steps=0"], "steps=0: must be at least 1"),
+    (["sampler.steps=2000"], r"config\.sampler: "),
+    (["sampler.scheduler=heun"], "heun.*choose one of"),
+    (["sampler.dtype=float8"], r"sampler\.dtype=float8"),
+    (["control.pose_range=0.5,0.1"], r"pose_range: .*0 <= start < end <= 1"),
+    (["run.batch_size=0"], r"run\.batch_size=0"),
+    (["rules.min_areas=0"], r"did you mean --config\.rules\.min_area"),
+  ],
+)
+def test_mistakes_leave_nothing_behind(
+  words, places, tmp_path, capsys, flags, message
+):
+  data_dir = tmp_path / "data"
+  names = {
+    "tmp": tmp_path,
+    "base": places["models.base"],
+    "pose": places["models.pose_controlnet"],
+    "style": places["loras.style"],
+    "u2net": places["models.u2net"],
+  }
+  flags = [f"--config.{flag}".format(**names) for flag in flags]
+  keys = tuple(flag.split("=")[0] + "=" for flag in flags)
+  kept = [word for word in words if not word.startswith(keys)]
+  error = _mistake(capsys, *kept, *flags, f"--data_dir={data_dir}")
+  assert re.search(message, error), error
+  assert not data_dir.exists()
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("seed=1", "seed is 0 there and 1 here"),
+    ("num_identities=6", "num_identities is 5 there and 6 here"),
+    ("sampler.steps=3", r"sampler\.steps is 2 there and 3 here"),
+    ("loras.style_scale=0.6", r"style\.scale is 0\.5 there and 0\.6 here"),
+    ("loras.style=", r"loras\.style is \{.*there and None here"),
+    ("models.grid_controlnet=", r"models\.controlnet_1 is '.*None here"),
+    ("rules.min_area=0.1", r"rules\.min_area is -1\.0 there and 0\.1 here"),
+    ("sampler.dtype=bfloat16", r"dtypes\.sampler\.dtype is 'float32'"),
+  ],
+)
+def test_another_configuration_is_refused(whole, words, capsys, flag, message):
+  path = whole[0]
+  before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
+  error = _mistake(capsys, *words, f"--config.{flag}", f"--data_dir={path}")
+  assert "another configuration" in error and re.search(message, error), error
+  assert before == sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
+
+
+def test_a_damaged_background_is_named(whole, words, tmp_path, capsys):
+  shutil.copytree(
+    whole[0] / "geneperson_backgrounds", tmp_path / "geneperson_backgrounds"
+  )
+  path = sorted(tmp_path.glob("geneperson_backgrounds/*/*.png"))[0]
+  path.write_bytes(path.read_bytes()[:-9])
+  error = _mistake(capsys, *words, f"--data_dir={tmp_path}")
+  assert f"{path}: is damaged: remove it" in error
+  path.unlink()
+  assert generate(*words, f"--data_dir={tmp_path}") == 0
+  assert _raw(tmp_path) == _raw(whole[0])
+
+
+def test_long_prompts_may_be_cut(words, tmp_path, capsys):
+  flags = ["--config.prompt.long=truncate", "--config.num_identities=2"]
+  flags += ["--config.models.pose_controlnet=", "--config.loras.style="]
+  flags += ["--config.models.grid_controlnet="]
+  assert generate(*words, *flags, f"--data_dir={tmp_path}") == 0
+  assert re.search(
+    r"\d+ of \d+ prompts are cut at 77 tokens, first that of pid 0",
+    capsys.readouterr().err,
+  )
+  assert set(_manifest(tmp_path)["networks"]) == {"base", "u2net"}
+
+
+def test_the_default_is_the_small_one_and_says_what_it_lacks(tmp_path, capsys):
+  from dppp_jax import generation
+
+  if (_ROOT / generation._MINI / "sdxl").exists():
+    pytest.skip("the small networks are here")
+  error = _mistake(capsys, f"--data_dir={tmp_path / 'data'}")
+  assert "assets/mini/sdxl is missing" in error
+  assert "--config configs/geneperson.py:paperdoll" in error
+  assert not (tmp_path / "data").exists()
+
+
+def test_the_presets_are_complete():
+  paper = cli.load_config("geneperson.py").to_dict()
+  assert paper["canvas"]["rows"] * paper["canvas"]["cols"] == 42
+  assert (paper["num_identities"], paper["cap"]) == (6641, 20)
+  mini = cli.load_config("geneperson.py:mini").to_dict()
+  assert mini.keys() == paper.keys()
+  for key, group in paper.items():
+    if isinstance(group, dict):
+      assert mini[key].keys() == group.keys()
+  assert mini["image_size"] == mini["canvas"]["cell"] == (96, 48)
+  assert jax.default_backend() == "cpu"
