@@ -41,7 +41,7 @@ class Linear(nn.Module):
     if self.use_bias:
       bias = self.param("bias", uniform, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    y = x @ kernel
+    y = layers.product(x, kernel)
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 

@@ -65,11 +65,8 @@ def make_step(
       trainable, frozen, collections, batch, rngs.stream(key, "loss")
     )
     updates, opt = tx.update(grads, opt, trainable)
-    metrics = {
-      "loss": loss,
-      **aux.metrics,
-      "grad_norm": optim.norm(grads),
-    }
+    norm = optim.norm(grads)
+    metrics = {"loss": loss, **aux.metrics, "grad_norm": norm}
     names[:] = metrics
     values = jnp.stack([jnp.asarray(x, jnp.float32) for x in metrics.values()])
     trainable = optim.apply(trainable, updates, factor)

@@ -1,0 +1,62 @@
+"""The pieces whose gradients are written by hand, against torch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dppp_jax.models import layers
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+def _close(ours, theirs):
+  np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 11)])
+def test_layer_norm_is_torchs(rng, shape):
+  x, dy = rng.normal(3.0, 2.0, (2, *shape))
+  scale, bias = rng.standard_normal((2, shape[-1]))
+  with jax.enable_x64(True):
+    norm = layers.LayerNorm(epsilon=1e-3)
+    apply = lambda x, scale, bias: norm.apply(
+      {"params": {"scale": scale, "bias": bias}}, x
+    )
+    y, pull = jax.vjp(apply, *map(jnp.asarray, (x, scale, bias)))
+    grads = pull(jnp.asarray(dy))
+  given = [torch.tensor(z, requires_grad=True) for z in (x, scale, bias)]
+  theirs = torch.nn.functional.layer_norm(
+    given[0], shape[-1:], *given[1:], 1e-3
+  )
+  theirs.backward(torch.tensor(dy))
+  _close(y, theirs)
+  for ours, leaf in zip(grads, given, strict=True):
+    _close(ours, leaf.grad)
+
+
+def test_layer_norm_of_bfloat16_is_float32(rng):
+  x = jnp.asarray(rng.normal(100.0, 1.0, (2, 64)), jnp.bfloat16)
+  norm = layers.LayerNorm()
+  y = norm.apply(norm.init(jax.random.key(0), x), x)
+  assert y.dtype == jnp.float32
+  wide = np.asarray(x, np.float64)
+  wide -= wide.mean(-1, keepdims=True)
+  wide /= np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(y, wide, atol=1e-5)
+
+
+def test_product_and_its_gradients_are_numpys(rng):
+  x, kernel = rng.standard_normal((2, 3, 5)), rng.standard_normal((5, 4))
+  dy = rng.standard_normal((2, 3, 4))
+  with jax.enable_x64(True):
+    y, pull = jax.vjp(layers.product, jnp.asarray(x), jnp.asarray(kernel))
+    dx, dk = pull(jnp.asarray(dy))
+  np.testing.assert_allclose(y, x @ kernel, atol=1e-12)
+  np.testing.assert_allclose(dx, dy @ kernel.T, atol=1e-12)
+  expected = sum(a.T @ b for a, b in zip(x, dy, strict=True))
+  np.testing.assert_allclose(dk, expected, atol=1e-12)
