@@ -118,12 +118,11 @@ class TransformerBlock(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def setup(self):  # noqa: D102
-    norm = lambda: layers.LayerNorm(dtype=layers.stream_dtype(self.dtype))
-    self.norm1 = norm()
+    self.norm1 = layers.LayerNorm()
     self.attn1 = Attention(self.width, self.heads, dtype=self.dtype)
-    self.norm2 = norm()
+    self.norm2 = layers.LayerNorm()
     self.attn2 = Attention(self.width, self.heads, dtype=self.dtype)
-    self.norm3 = norm()
+    self.norm3 = layers.LayerNorm()
     self.ff = FeedForward(self.dtype)
 
   def text(self, context: types.Array) -> KeysValues:
