@@ -152,10 +152,10 @@ def _noise(seeds, i, shape):
   )
 
 
-def _diffusers(pipeline, *, steps, size, images=None, **options):
+def _diffusers(pipeline, *, steps, size, images=None, seeds=None, **options):
   """Latents and pictures of diffusers' pipeline, with our noise."""
   shape = (size[0] // 2, size[1] // 2, 4)
-  seeds = SEEDS[: len(options["prompt"])]
+  seeds = seeds or SEEDS[: len(options["prompt"])]
   drawn = iter(range(steps))
   draw = lambda *a, **k: twins.nchw(_noise(seeds, next(drawn), shape))
   module = scheduling_euler_ancestral_discrete
@@ -243,6 +243,43 @@ def test_sdxl_with_two_controlnets_equals_diffusers(xl, sampler):
     control_scales=[0.8, 0.5],
     control_ranges=[(0, 0.5), (0.25, 1)],
   )
+
+
+def test_sizes_of_the_negative_half_equal_diffusers(xl, sampler):
+  images = [_images(6), _images(7)]
+  sizes = conditioning.Sizes((512, 400), (3, 5), (1024, 512))
+  negative = conditioning.Sizes((100, 64), (40, 2), (24, 16))
+  # Of several prompts diffusers mixes up whose sizes are whose: each alone.
+  parts = [
+    _diffusers(
+      xl[0],
+      steps=3,
+      size=(24, 16),
+      images=[image[i : i + 1] for image in images],
+      seeds=SEEDS[i : i + 1],
+      prompt=PROMPTS[i : i + 1],
+      negative_prompt=["blurry"],
+      guidance_scale=2.0,
+      original_size=sizes.original,
+      crops_coords_top_left=sizes.crop,
+      target_size=sizes.target,
+      negative_original_size=negative.original,
+      negative_crops_coords_top_left=negative.crop,
+      negative_target_size=negative.target,
+    )
+    for i in range(2)
+  ]
+  want = [np.concatenate(both) for both in zip(*parts, strict=True)]
+  options = dict(
+    negative_prompts=["blurry"] * 2,
+    steps=3,
+    guidance=2.0,
+    control_images=images,
+    sizes=sizes,
+  )
+  _compare(sampler, want, PROMPTS, negative_sizes=negative, **options)
+  same = sampler.latents(PROMPTS, seeds=SEEDS, **options)
+  assert twins.distance(same, want[0]) > 1e-3
 
 
 def _lora(pipeline, folder):

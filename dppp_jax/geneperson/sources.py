@@ -116,7 +116,6 @@ class _Folder:
     size = hub.read_json(root / "unet" / "config.json").get("sample_size")
     texts, tokenizers = [], []
     for part in self._texts:
-      hub.check(self._text(part))
       with named(root / part):
         texts.append(load.text_config(self._text(part)))
       tokenizers.append(load.tokenizer(root / _tokenizer(part)))
