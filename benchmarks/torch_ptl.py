@@ -328,7 +328,8 @@ class Side:
     """Runs one step; returns its loss, on the device."""
     model = self._model
     if "compiled" in variant:
-      self._compiled = self._compiled or torch.compile(model)
+      if self._compiled is None:  # Its truth would be asked of a length.
+        self._compiled = torch.compile(model)
       model = self._compiled
     use = self.bfloat16 if bfloat16 is None else bfloat16
     with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
