@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import embeddings, layers, unet_blocks, unet_config
+from dppp_jax.models import (
+  convolution,
+  embeddings,
+  layers,
+  unet_blocks,
+  unet_config,
+)
 
 
 class Residuals(NamedTuple):
@@ -48,7 +54,7 @@ class Backbone(nn.Module):
     config = self.config
     option = lambda name, default=None: getattr(config, name, default)
     kernel = option("conv_in_kernel", 3)
-    self.conv_in = nn.Conv(
+    self.conv_in = convolution.Conv(
       config.block_out_channels[0],
       (kernel, kernel),
       padding=(kernel - 1) // 2,

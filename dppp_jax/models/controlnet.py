@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import backbone, unet, unet_config
+from dppp_jax.models import backbone, convolution, unet, unet_config
 
 Config = unet_config.ControlNetConfig
 Residuals = backbone.Residuals
 
-zero_conv = functools.partial(nn.Conv, kernel_init=nn.initializers.zeros)
+zero_conv = functools.partial(
+  convolution.Conv, kernel_init=nn.initializers.zeros
+)
 
 
 class ConditionEmbedding(nn.Module):
@@ -40,7 +42,7 @@ class ConditionEmbedding(nn.Module):
   def __call__(self, image: types.Array) -> jax.Array:
     """Returns [B, H / 8, W / 8, C] (for four widths) for [B, H, W, 3]."""
     conv = functools.partial(
-      nn.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype
+      convolution.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype
     )
     x = jax.nn.silu(conv(self.widths[0], name="conv_in")(image))
     for i, (width, wider) in enumerate(

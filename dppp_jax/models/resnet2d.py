@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import trees, types
-from dppp_jax.models import layers
+from dppp_jax.models import convolution, layers
 
 # Statistics in float32, and no fast variance: it cancels where the mean is
 # large against the spread, and the VAE's last layers are such a place.
@@ -29,7 +29,7 @@ def conv3x3(
   features: int, dtype: jax.typing.DTypeLike, *, name: str | None = None
 ) -> nn.Conv:
   """Returns a 3x3 convolution that keeps the size."""
-  return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+  return convolution.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
 
 
 class ResnetBlock(nn.Module):
@@ -88,7 +88,7 @@ class ResnetBlock(nn.Module):
       y = y * (1 + scale) + shift
     y = conv3x3(self.features, self.dtype, name="conv2")(act(y))
     if x.shape[-1] != self.features:
-      shortcut = nn.Conv(
+      shortcut = convolution.Conv(
         self.features, (1, 1), dtype=self.dtype, name="conv_shortcut"
       )
       x = shortcut(x)
@@ -113,7 +113,7 @@ class Downsample(nn.Module):
   def __call__(self, x: types.Array) -> jax.Array:
     """Returns [B, ceil(H / 2), ceil(W / 2), C'] (floor for padding 0)."""
     edge = (self.padding, 1)
-    return nn.Conv(
+    return convolution.Conv(
       self.features,
       (3, 3),
       strides=2,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import layers, resnet2d
+from dppp_jax.models import convolution, layers, resnet2d
 
 # Keys and values of the attentions that look at the text, of one block:
 # {"attn2": (key, value)}, each [B, L, heads, d].
@@ -184,7 +184,7 @@ class Transformer2D(nn.Module):
     if self.linear:
       project = lambda: nn.Dense(self.width, dtype=self.dtype)
     else:
-      project = lambda: nn.Conv(self.width, (1, 1), dtype=self.dtype)
+      project = lambda: convolution.Conv(self.width, (1, 1), dtype=self.dtype)
     self.proj_in = project()
     cls = TransformerBlock
     if self.remat:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import layers
+from dppp_jax.models import convolution, layers
 
 # Blocks by the number of convolutions on their way down; the last three stages
 # are too small to pool and dilate instead ("4F").
@@ -92,14 +92,16 @@ class U2Net(nn.Module):
       x = jnp.concatenate([_upsample(levels[-1], skip), skip], axis=-1)
       levels.append(block(name, width)(x, train))
     wide = layers.stream_dtype(self.dtype)
-    side = lambda name, size: nn.Conv(1, size, dtype=self.dtype, name=name)
+    side = lambda name, size: convolution.Conv(
+      1, size, dtype=self.dtype, name=name
+    )
     sides = [
       _upsample(side(f"side{i + 1}", (3, 3))(x).astype(wide), images)
       for i, x in enumerate(reversed(levels))
     ]
     sides = jnp.concatenate(sides, axis=-1)
     # Six channels: nothing is gained by multiplying them in bfloat16.
-    fused = nn.Conv(1, (1, 1), dtype=wide, name="outconv")(sides)
+    fused = convolution.Conv(1, (1, 1), dtype=wide, name="outconv")(sides)
     return Output(fused[..., 0], sides)
 
 
@@ -154,7 +156,7 @@ class _ConvNormRelu(nn.Module):
 
   @nn.compact
   def __call__(self, x: types.Array, train: bool) -> jax.Array:
-    x = nn.Conv(
+    x = convolution.Conv(
       self.features,
       (3, 3),
       padding=self.dilation,

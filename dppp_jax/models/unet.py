@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import errors, types
-from dppp_jax.models import backbone, layers, resnet2d, unet_blocks, unet_config
+from dppp_jax.models import (
+  backbone,
+  convolution,
+  layers,
+  resnet2d,
+  unet_blocks,
+  unet_config,
+)
 
 Config = unet_config.Config
 Residuals = backbone.Residuals
@@ -50,7 +57,7 @@ class UNet(backbone.Backbone):
       config.norm_num_groups, epsilon=config.norm_eps, dtype=self.wide
     )
     kernel = config.conv_out_kernel
-    self.conv_out = nn.Conv(
+    self.conv_out = convolution.Conv(
       config.out_channels,
       (kernel, kernel),
       padding=(kernel - 1) // 2,

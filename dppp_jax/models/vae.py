@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import errors, types
-from dppp_jax.models import layers, resnet2d, transformer2d, unet_config
+from dppp_jax.models import (
+  convolution,
+  layers,
+  resnet2d,
+  transformer2d,
+  unet_config,
+)
 
 _EPSILON = 1e-6  # Of all norms; the UNet's residual layers have 1e-5.
 _CHUNK = 2048  # Rows of attention logits at a time.
@@ -312,9 +318,13 @@ class VAE(nn.Module):
     self.encoder = Encoder(config, self.dtype)
     self.decoder = Decoder(config, self.dtype)
     if config.use_quant_conv:
-      self.quant_conv = nn.Conv(2 * config.latent_channels, (1, 1), dtype=wide)
+      self.quant_conv = convolution.Conv(
+        2 * config.latent_channels, (1, 1), dtype=wide
+      )
     if config.use_post_quant_conv:
-      self.post_quant_conv = nn.Conv(config.latent_channels, (1, 1), dtype=wide)
+      self.post_quant_conv = convolution.Conv(
+        config.latent_channels, (1, 1), dtype=wide
+      )
 
   def encode(self, images: types.Array) -> Moments:
     """Encodes.
