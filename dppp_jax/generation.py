@@ -141,12 +141,9 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     )
   if folder := run["compilation_cache"]:
     sampler_lib.use_compilation_cache(pathlib.Path(folder).expanduser())
-  chunks = networks_lib.chunks(
-    networks_lib.tokenizers(config, places),
-    texts,
-    text["long"],
-    text["min_chunks"],
-  )
+  base = networks_lib.base(config, places)
+  _check_run(config, base, networks_lib.control_names(places), layout)
+  chunks = networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
   digests = networks_lib.digests(config, places)
   told = _told(config, digests, dtypes, chunks)
   told["vocabulary"] = words.digest
@@ -167,7 +164,6 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     kinds=networks.kinds,
     decode_batch=run["decode_batch"],
   )
-  _check_run(config, networks, layout)
   draw, draw_ground = _draws(sampler, config, networks, layout)
   pool = backgrounds.Pool(
     data_dir / "geneperson_backgrounds",
@@ -318,11 +314,12 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
 
 def _check_run(
   config: Mapping[str, Any],
-  networks: networks_lib.Networks,
+  parts: components_lib.Components,
+  controls: Sequence[str],
   layout: canvas.Layout,
 ) -> None:
-  """Refuses what the sampler would, before there is a folder to clean up."""
-  parts, control = networks.parts, config["control"]
+  """Refuses what the sampler would, before weights are read."""
+  control = config["control"]
   steps = config["sampler"]["steps"]
   named = networks_lib.named
   named("sampler", lambda: schedulers.init(steps, parts.scheduler))
@@ -334,7 +331,7 @@ def _check_run(
       f"--config.backgrounds.size={size}: is smaller than a cell of"
       f" {layout.cell}"
     )
-  for name in networks.controls:
+  for name in controls:
     check = lambda name=name: components_lib.control_scales(
       control[f"{name}_scale"],
       control[f"{name}_range"],

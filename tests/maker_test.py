@@ -4,10 +4,12 @@ The canvases are of paper dolls, so that what must be kept, what must be thrown
 away and every fused pixel are known beforehand.
 """
 
+import errno
 import json
 import os
 import signal
 import threading
+import types
 
 import cv2
 import jax
@@ -19,15 +21,18 @@ from dppp_jax.data import images, shards
 from dppp_jax.geneperson import (
   backgrounds,
   canvas,
+  disk,
   identity,
   maker,
   matting,
+  networks,
   pipeline,
   pose_bank,
   prompts,
   quality,
   watch,
 )
+from dppp_jax.models import controlnet_union as unions
 from dppp_jax.paperdoll import world
 
 CELL = (96, 48)
@@ -50,7 +55,7 @@ def _cells(pid):
     pair_alpha[24:72, left : left + 24] = half
   blurred = cv2.GaussianBlur(two.image, (0, 0), 5)
   cells = [one.image, ground, pair, one.image, blurred, two.image]
-  alpha = [one.alpha, 0 * one.alpha, pair_alpha]
+  alpha = [one.alpha, one.alpha, pair_alpha]  # The second sees a ghost.
   alpha += [one.alpha, two.alpha, two.alpha]
   peaks = [0.99, 0.2, 0.9, 0.99, 0.9, 0.98]
   return np.stack(cells), np.stack(alpha), np.array(peaks, np.float32)
@@ -263,6 +268,21 @@ def test_rules_and_the_skeleton(studio, tmp_path):
   assert person.prompt == studio.people[0].prompt()
 
 
+def test_each_cell_is_judged_by_its_own_skeleton(studio, tmp_path):
+  class Obedient(Studio):
+    def dispatch(self, cells):
+      drawn = canvas.cut(self.calls[-1][2], LAYOUT).max(-1) > 0
+      wide = [cv2.dilate(x.astype(np.uint8), np.ones((3, 3))) for x in drawn[0]]
+      alpha = np.stack([255 * np.stack(wide)] * BATCH)
+      return matting.Mattes(alpha, np.ones(alpha.shape[:2], np.float32))
+
+  off = dict.fromkeys(quality.Rules.__dataclass_fields__)
+  rules = quality.Rules(**off | {"min_agreement": 0.99})
+  made = _maker(Obedient(studio.people), tmp_path, rules=rules)
+  ((_, person),) = made.people([0])
+  assert len(person.records) == 6
+
+
 def test_other_sizes_of_pictures(studio, tmp_path):
   made = _maker(studio, tmp_path, image_size=(64, 32), decontaminate=True)
   ((_, person),) = made.people([0])
@@ -322,6 +342,47 @@ def test_a_signal_while_the_backgrounds_are_drawn(studio, tmp_path):
   assert outcome.exit_code == 143 and outcome.made == 0
   assert len(asked) == 1 and not studio.calls
   assert len(list(tmp_path.glob("backgrounds/*/*.png"))) == BATCH
+
+
+def test_no_space_left_in_the_middle(studio, tmp_path, monkeypatch):
+  calls, write = iter(range(1000)), disk.write
+
+  def full(file, data):
+    if next(calls) >= 5:  # Two people have their records and their lines.
+      raise OSError(errno.ENOSPC, "No space left on device")
+    write(file, data)
+
+  monkeypatch.setattr(disk, "write", full)
+  with pytest.raises(errors.UserError, match=r"no space left.*nothing that"):
+    _run(studio, tmp_path)
+  monkeypatch.undo()
+  assert _run(studio, tmp_path).made == COUNT - 2
+  assert _run(Studio(studio.people), tmp_path / "whole").finished
+  one, two = shards.load(tmp_path), shards.load(tmp_path / "whole")
+  assert [one.raw(i) for i in range(10)] == [two.raw(i) for i in range(10)]
+
+
+def test_unions_and_plain_networks_get_their_images():
+  """One union for both, a union beside a plain one, and only one of them."""
+  is_union, plain = object.__new__(unions.Config), object()
+  parts = lambda *nets: types.SimpleNamespace(controlnets=nets)
+  arrange = lambda given, *nets: networks._arrange(
+    networks._controls({f"models.{k}_controlnet": v for k, v in given}),
+    parts(*nets),
+    (0, 3),
+  )
+  images, kinds = arrange([("pose", "a"), ("grid", "a")], is_union)
+  assert images("P", "G") == [["P", "G"]] and kinds == [(0, 3)]
+  images, kinds = arrange([("pose", "a"), ("grid", "b")], plain, is_union)
+  assert images("P", "G") == ["P", ["G"]] and kinds == [None, (3,)]
+  images, kinds = arrange([("pose", "a"), ("grid", "b")], plain, plain)
+  assert images("P", "G") == ["P", "G"] and kinds == [None, None]
+  images, kinds = arrange([("grid", "b")], plain)
+  assert images("P", "G") == ["G"] and kinds == [None]
+  images, kinds = arrange([])
+  assert images("P", "G") == [] and kinds == []
+  with pytest.raises(errors.UserError, match="no union: give two"):
+    arrange([("pose", "a"), ("grid", "a")], plain)
 
 
 def test_too_little_memory_on_the_device(studio, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from dppp_jax import errors, logs
 from dppp_jax.diffusion import components as components_lib
-from dppp_jax.diffusion import conditioning
+from dppp_jax.diffusion import conditioning, schedulers
 from dppp_jax.geneperson import components, matting, sources
 from dppp_jax.geneperson import digests as digests_lib
 from dppp_jax.models import controlnet_union
@@ -83,15 +83,30 @@ def digests(
   return given | named("loras", lambda: digests_lib.describe(loras))
 
 
-def tokenizers(
+def base(
   config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
 ) -> components_lib.Components:
-  """Returns the base without its parameters, to look at its tokenizers."""
+  """Returns the base as it will be loaded, without parameters and ControlNets.
+
+  Raises:
+    errors.UserError: a file that is missing or truncated, or a sampler that is
+      not built.
+  """
   given = _base(config, places)
-  base, _ = given.pop("base"), given.pop("controlnets")
-  return named(
-    "models.base", lambda: sources.base(base, **given).parts(method=None)
-  )
+  path, _ = given.pop("base"), given.pop("controlnets")
+  method = config["sampler"]["scheduler"] or None
+  find = lambda: sources.base(path, **given).parts(method=method)
+  parts = named("models.base", find)
+  steps = parts.scheduler
+  if config["sampler"]["k_diffusion"]:
+    steps = schedulers.k_diffusion(steps)
+  steps = dataclasses.replace(steps, karras=config["sampler"]["karras"])
+  return dataclasses.replace(parts, scheduler=steps)
+
+
+def control_names(places: Mapping[str, pathlib.Path]) -> tuple[str, ...]:
+  """Returns which ControlNets there are: "pose", "grid", both or none."""
+  return _controls(places).names
 
 
 def load(
