@@ -19,7 +19,7 @@ from dppp_jax import errors, rngs, trees
 from dppp_jax.diffusion import conditioning, objective, schedulers
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.geneperson import components
-from dppp_jax.methods import adapters, denoising
+from dppp_jax.methods import adapters, beginnings, denoising
 from dppp_jax.models import clip, unet, unet_config, vae
 from dppp_jax.weights import (
   diffusers_folder,
@@ -80,7 +80,15 @@ def _randomised(params, seed):
   return trees.unflatten(flat)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def _quickly_compiled():
+  """Compiles quickly rather than well: nothing here runs for long."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
 def world(tmp_path_factory):
   """A system with its parameters, and its folder."""
   folder = tmp_path_factory.mktemp("denoising")
@@ -133,7 +141,7 @@ def world(tmp_path_factory):
   return system, params, words, folder / "sdxl"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pipeline(world):
   found = diffusers.StableDiffusionXLPipeline.from_pretrained(
     world[3], add_watermarker=False
@@ -200,7 +208,7 @@ def test_folder_draws_what_diffusers_draws(world, pipeline):
   assert difference.max() <= 2
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def losses(world):
   """{zero_dropped: (value, aux)} of the loss with the draws of RNG."""
   found = {}
@@ -281,14 +289,14 @@ def test_window_is_cut_everywhere_and_told(world):
   assert corners == {(y, x) for y in (0, 8, 16) for x in (0, 4, 8)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def control(world):
   """A system with a ControlNet, and the parameters that it begins with."""
   base, params = world[:2]
-  config = denoising.control_config(base.unet, widths=(4, 8))
+  config = beginnings.control_config(base.unet, widths=(4, 8))
   system = denoising.System(**{**vars(base), "control": config})
   given = {k: v for k, v in params.items() if k != "vae"}
-  begin = denoising.begin_controlnet(system, given)
+  begin = beginnings.controlnet_init(system, given)
   return system, begin({}, {}, jax.random.key(0))[0]
 
 
@@ -319,7 +327,7 @@ def test_controlnet_begins_as_diffusers_does(control, pipeline, tmp_path):
 TARGETS = r".*/(attn[12]/to_(q|k|v|out_0)|resnets_0/conv1|conv_shortcut)"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def factors(world):
   """Fresh factors, random ones, and the networks with the one and the other."""
   net = world[1]["unet"]
@@ -364,7 +372,7 @@ def test_fresh_controlnet_and_lora_change_nothing_and_learn(
   system, begun = control
   images = np.random.default_rng(1).integers(0, 256, (2, 32, 16, 3), np.uint8)
   batch = _data(system, world[2], control=images)
-  init = denoising.begin_lora(begun, targets=r".*attn2/to_k", rank=2)
+  init = beginnings.lora_init(begun, targets=r".*attn2/to_k", rank=2)
   begun, _ = init({}, {}, jax.random.key(0))
   trained = {k: begun.pop(k) for k in ("controlnet", "lora")}
   loss = denoising.make_loss(system, LOSS)
@@ -388,3 +396,21 @@ def test_bad_lora_is_one_line(world, targets, rank, words):
     adapters.init_params(
       world[1]["unet"], jax.random.key(0), targets=targets, rank=rank
     )
+
+
+def test_fresh_parameters_have_the_spread_of_flax(world):
+  shapes = unet.param_shapes(world[0].unet)
+  zero = r"conv_out/kernel"
+  got = beginnings.fresh(shapes, jax.random.key(3), zero=zero)
+  seen = set()
+  for name, leaf in trees.flatten(got).items():
+    leaf = np.asarray(leaf)
+    assert leaf.shape == trees.flatten(shapes)[name].shape
+    if not name.endswith("/kernel") or name == "conv_out/kernel":
+      np.testing.assert_array_equal(leaf, float(name.endswith("/scale")))
+    elif leaf.size > 2000:
+      want = 1 / np.sqrt(np.prod(leaf.shape[:-1]))
+      np.testing.assert_allclose(leaf.std(), want, rtol=0.08)
+      assert leaf[0].tobytes() not in seen
+      seen.add(leaf[0].tobytes())
+  assert len(seen) > 10

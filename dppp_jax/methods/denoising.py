@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import rngs, trees, types
+from dppp_jax import rngs
 from dppp_jax.diffusion import conditioning, noising, objective
 from dppp_jax.methods import adapters
 from dppp_jax.models import clip, controlnet, unet, unet_config, vae
@@ -319,103 +319,4 @@ def stage(
     clip_norm=clip_norm,
     extras=data,
     ema=ema,
-  )
-
-
-def begin_unet(system: System, given: types.Params) -> stage_lib.Init:
-  """Returns the beginning of a UNet, and of the text encoders not given.
-
-  Args:
-    system: in training.
-    given: parameters that are known, e.g. {"text_encoder": ...}; also "unet",
-      to tune one that was trained before.
-  """
-
-  def init(params, collections, rng):
-    del params, collections
-    found = dict(given)
-    if "unet" not in found:
-      found["unet"] = unet.init_params(system.unet, rngs.stream(rng, "unet"))
-    for name, config in zip(system.text_names, system.texts, strict=True):
-      if name not in found:
-        found[name] = clip.init_params(config, rngs.stream(rng, name))
-    return found, {}
-
-  return init
-
-
-def begin_controlnet(system: System, given: types.Params) -> stage_lib.Init:
-  """Returns the beginning of a ControlNet beside the given networks."""
-
-  def init(params, collections, rng):
-    del params, collections
-    net = from_unet(given["unet"], system.control, rng)
-    return {**given, "controlnet": net}, {}
-
-  return init
-
-
-def begin_lora(
-  given: types.Params, *, targets: str, rank: int
-) -> stage_lib.Init:
-  """Returns the beginning of a LoRA beside the given networks.
-
-  Args:
-    given: {"unet": ..., "text_encoder": ...}.
-    targets: regex of module paths, see `adapters.init_params`.
-    rank: of the factors.
-  """
-
-  def init(params, collections, rng):
-    del params, collections
-    lora = adapters.init_params(given["unet"], rng, targets=targets, rank=rank)
-    return {**given, "lora": lora}, {}
-
-  return init
-
-
-def control_config(
-  config: unet_config.Config, *, widths: Sequence[int]
-) -> unet_config.ControlNetConfig:
-  """Returns the configuration of a ControlNet for a UNet.
-
-  Args:
-    config: of the UNet.
-    widths: conditioning_embedding_out_channels; each but the first halves the
-      picture on its way to the size of the latents.
-  """
-  shared = {
-    field.name: getattr(config, field.name)
-    for field in dataclasses.fields(unet_config.BackboneConfig)
-  }
-  return unet_config.ControlNetConfig(
-    **shared, conditioning_embedding_out_channels=tuple(widths)
-  )
-
-
-def from_unet(
-  params: types.Params,
-  control: unet_config.ControlNetConfig,
-  rng: jax.Array,
-) -> types.Params:
-  """Returns a ControlNet that begins as a copy of the UNet's way down.
-
-  Its embedding of the picture is fresh and its last layers are zero, so that
-  the UNet draws as before until it has learned something (Zhang et al. 2023).
-
-  Args:
-    params: of the UNet.
-    control: of `control_config`.
-    rng: key.
-  """
-  fresh = trees.flatten(controlnet.init_params(control, rng))
-  theirs = trees.flatten(params)
-  copied = {name: leaf for name, leaf in theirs.items() if name in fresh}
-  return trees.unflatten({**fresh, **copied})
-
-
-def controlnet_zeros(control: unet_config.ControlNetConfig) -> types.Params:
-  """Returns a ControlNet of zeros: it adds nothing to any UNet."""
-  return jax.tree.map(
-    lambda x: np.zeros(x.shape, np.float32), controlnet.param_shapes(control)
   )

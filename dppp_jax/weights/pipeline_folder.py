@@ -122,7 +122,14 @@ def text(
   with export.new_folder(folder) as scratch:
     export.write_json(
       scratch / "config.json",
-      {"architectures": [kind], "model_type": "clip_text_model", **values},
+      {
+        "architectures": [kind],
+        "model_type": "clip_text_model",
+        # Otherwise transformers computes in the dtype of the file, and
+        # diffusers puts it beside a UNet in float32.
+        "dtype": "float32",
+        **values,
+      },
     )
     export.write_tensors(scratch / "model.safetensors", tensors, dtype=dtype)
   return pathlib.Path(folder)
