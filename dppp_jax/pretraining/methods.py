@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from dppp_jax import errors
-from dppp_jax.pretraining import autoencoder, clip
+from dppp_jax.pretraining import autoencoder, clip, controlnet, lora, unet
 
 # (resolved configuration, run folder) -> the folder with the network, or None
 # where a signal stopped the training.
@@ -14,6 +14,9 @@ Train = Callable[[Mapping[str, Any], str], pathlib.Path | None]
 METHODS: dict[str, Train] = {
   "autoencoder": autoencoder.train,
   "clip_pretrain": clip.train,
+  "controlnet": controlnet.train,
+  "lora": lora.train,
+  "unet": unet.train,
 }
 
 

@@ -1,0 +1,116 @@
+"""The mini SDXL: a UNet and a second text encoder on drawn studio canvases.
+
+  python launch/pretrain.py --config configs/pretrain_unet.py \
+    --workdir runs/pretrain_unet
+
+Needs the mini VAE (configs/pretrain_vae.py) and the mini CLIP. Ends with the
+folder `workdir/sdxl`, which diffusers loads as StableDiffusionXLPipeline;
+samples over held-out canvases lie in `workdir/sheets`. On a GPU:
+`--config.dtype=bfloat16`. `:smoke` takes seconds and learns nothing.
+"""
+
+import ml_collections
+
+ASSETS = "dppp_jax/assets/mini"
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  """Returns the configuration of a preset: "" or "smoke"."""
+  if arg not in ("", "smoke"):
+    raise ValueError(f"unknown preset {arg!r}: there is :smoke")
+  config = ml_collections.ConfigDict()
+  config.method = "unet"
+  config.dtype = "float32"
+
+  config.data = data = ml_collections.ConfigDict()
+  data.num_canvases = 12_000
+  data.num_held_out = 64  # Of other people, for sheets and the card.
+  data.seed = 0  # Of the drawn world.
+  data.processes = 2
+  data.cache = "runs/canvases"  # Shared by all networks of stage A.
+  data.vae = "runs/pretrain_vae/vae"
+  data.clip = f"{ASSETS}/clip"
+
+  config.model = model = ml_collections.ConfigDict()
+  model.unet = dict(
+    block_out_channels=(32, 96, 160),
+    layers_per_block=1,
+    norm_num_groups=16,
+    down_block_types=(
+      "DownBlock2D",
+      "CrossAttnDownBlock2D",
+      "CrossAttnDownBlock2D",
+    ),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=1,
+    attention_head_dim=(1, 3, 5),
+    addition_time_embed_dim=16,
+  )
+  # Sizes that differ from the CLIP's text tower; none: it begins as its copy.
+  model.text_encoder_2 = ml_collections.ConfigDict()
+
+  config.scheduler = scheduler = ml_collections.ConfigDict()
+  scheduler["_class_name"] = "EulerAncestralDiscreteScheduler"
+  scheduler.num_train_timesteps = 1000
+  scheduler.beta_start = 0.00085
+  scheduler.beta_end = 0.012
+  scheduler.beta_schedule = "scaled_linear"
+  # From pure noise, or no picture would ever be as dark as a night.
+  scheduler.prediction_type = "v_prediction"
+  scheduler.rescale_betas_zero_snr = True
+  scheduler.timestep_spacing = "trailing"
+  scheduler.steps_offset = 0
+
+  config.train = train = ml_collections.ConfigDict()
+  train.seed = 1234
+  train.weight_decay = 0.01
+  train.snr_gamma = 5.0
+  train.drop = 0.1
+  train.zero_dropped = True
+  train.ema = 0.998
+  train.text_lr_factor = 0.3
+  # Windows of two cells make more steps of the same work: all cells of a
+  # canvas show the same person. Whole canvases teach that they do.
+  train.phases = (
+    dict(
+      name="windows",
+      window=(24, 24),
+      stride=(24, 12),
+      batch_size=32,
+      epochs=8,
+      lr=1e-3,
+      warmup=0.03,
+      final=0.3,
+    ),
+    dict(
+      name="canvases",
+      window=None,
+      batch_size=16,
+      epochs=3,
+      lr=4e-4,
+      warmup=0.02,
+      final=0.02,
+    ),
+  )
+  train.log_every = 25
+  train.checkpoint_every = 250
+  train.sheet_every = 500
+  train.sheet = dict(num=8, steps=20, guidance=3.0)
+  train.tensorboard = False
+
+  if arg == "smoke":
+    data.num_canvases, data.num_held_out, data.processes = 8, 8, 1
+    model.unet = dict(
+      model.unet,
+      block_out_channels=(8, 16),
+      norm_num_groups=4,
+      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+      attention_head_dim=(1, 2),
+      addition_time_embed_dim=4,
+    )
+    train.phases = (dict(train.phases[0], batch_size=4, epochs=1),)
+    train.log_every = train.checkpoint_every = 2
+    train.sheet_every = 2
+    train.sheet = dict(num=2, steps=2, guidance=2.0)
+  return config

@@ -1,0 +1,283 @@
+"""Trains LoRAs on the mini SDXL, each towards a change that can be measured.
+
+Each LoRA is taught by the canvases of the corpus, changed:
+
+    detail    sharper: the difference to a blurred picture is added
+    lighting  the light of the prompt's words, at its full strength
+    style     a flat cartoon: few shades, dark outlines
+"""
+
+from collections.abc import Callable, Mapping
+import pathlib
+from typing import Any
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+
+from dppp_jax import errors, trees, types
+from dppp_jax.methods import adapters, beginnings
+from dppp_jax.paperdoll import canvas_corpus, lexicon
+from dppp_jax.pretraining import cards, controlnet, latents
+from dppp_jax.pretraining import stack as stack_lib
+from dppp_jax.train import run
+from dppp_jax.weights import diffusion_rules, lora_write
+
+_SOFTENED = 0.35  # Share of a canvas' own light, see `canvases.draw`.
+_LEVELS = 5  # Shades of each colour of a cartoon.
+
+
+def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
+  """Trains, exports and measures LoRAs, one after the other.
+
+  Args:
+    config: the resolved configuration as a nested dict; `data.kinds` names
+      them.
+    workdir: run folder; each LoRA has its own inside.
+
+  Returns:
+    The folder `workdir/loras` with a .safetensors file for each; None where a
+    signal stopped the training.
+
+  Raises:
+    errors.UserError: see `train.run.prepare` and `train.loop.fit`; no such
+      kind; or no pipeline where the configuration looks.
+  """
+  data = config["data"]
+  for kind in data["kinds"]:
+    if kind not in CHANGES:
+      raise errors.UserError(
+        f"config data.kinds {kind!r}: choose among {', '.join(CHANGES)}"
+      )
+  stack = controlnet.from_pipeline(config)
+  folder = run.prepare(workdir, config)
+  target = folder / "loras"
+  target.mkdir(exist_ok=True)
+  found = {}
+  for kind in data["kinds"]:
+    metrics = _train_one(kind, stack, config, folder / kind, target)
+    if metrics is None:
+      return None
+    found[kind] = metrics
+  cards.write(target, card(config, found), config=config, metrics=found)
+  return target
+
+
+def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
+  data, model, settings = config["data"], config["model"], config["train"]
+  drawn = stack_lib.corpus(data, "train", data["num_canvases"])
+  held_out = stack_lib.corpus(data, "held_out", data["num_held_out"])
+  scale = model["alpha"] / model["rank"]
+  of = lambda corpus: stack_lib.examples(
+    stack,
+    corpus,
+    data,
+    transform=_transform(kind, corpus),
+    label=kind,
+  )
+  stages = stack_lib.phases(
+    stack,
+    config,
+    init=beginnings.lora_init(
+      stack.given, targets=model["targets"], rank=model["rank"]
+    ),
+    rules=lambda rate: (("lora/.*", rate), (".*", None)),
+    data=of(drawn),
+    lora_scale=scale,
+  )
+  merged = lambda params: {
+    **params,
+    "unet": adapters.merge(params["unet"], params["lora"], scale=scale),
+  }
+  watch = stack_lib.watcher(
+    stack,
+    held_out,
+    folder / "sheets",
+    settings["sheet"],
+    dtype=jnp.dtype(config["dtype"]),
+    merged=merged,
+  )
+  outcome = stack_lib.fit(stages, len(drawn), config, folder, watch)
+  if not outcome.finished:
+    return None
+  lora_write.save(
+    target / f"{kind}.safetensors",
+    outcome.params["lora"],
+    diffusion_rules.unet(stack.system.unet),
+    alpha=model["alpha"],
+    layout=model["layout"],
+    dtype="float16",
+    metadata={"ss_network_dim": str(model["rank"])},
+  )
+  sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
+  unseen = of(held_out)
+  error = lambda params, **more: stack_lib.held_out_error(
+    stack, params, unseen, config, **more
+  )
+  return {
+    **measure(kind, stack, merged(outcome.params), held_out, config),
+    "held_out_mse": error(outcome.params, lora_scale=scale),
+    "held_out_mse_without": error(stack.given),
+    **cards.cost(folder, sizes),
+    "parameters": trees.count(outcome.params["lora"]),
+  }
+
+
+def detail(image: np.ndarray, words: Mapping[str, str]) -> np.ndarray:
+  """Returns uint8 [H, W, 3], sharper: twice the difference to its blur."""
+  del words
+  blurred = cv2.GaussianBlur(image, (0, 0), 1.0).astype(np.float32)
+  return _bytes(image + 1.0 * (image - blurred))
+
+
+def lighting(image: np.ndarray, words: Mapping[str, str]) -> np.ndarray:
+  """Returns uint8 [H, W, 3] under the whole light that the prompt names."""
+  light = lexicon.light(words["lighting"])
+  return _bytes(image * (light.gain / light.softened(_SOFTENED).gain))
+
+
+def style(image: np.ndarray, words: Mapping[str, str]) -> np.ndarray:
+  """Returns uint8 [H, W, 3], a cartoon: few shades, dark outlines."""
+  del words
+  flat = cv2.medianBlur(image, 3).astype(np.float32)
+  step = 255.0 / (_LEVELS - 1)
+  flat = np.round(flat / step) * step
+  wide = image.astype(np.float32)
+  edge = sum(
+    np.abs(cv2.Sobel(wide, cv2.CV_32F, dx, 1 - dx)).max(axis=-1)
+    for dx in (0, 1)
+  )
+  ink = np.clip((edge - 120.0) / 120.0, 0.0, 1.0)[..., None]
+  return _bytes(flat * (1.0 - ink))
+
+
+CHANGES: dict[str, Callable[[np.ndarray, Mapping[str, str]], np.ndarray]] = {
+  "detail": detail,
+  "lighting": lighting,
+  "style": style,
+}
+
+
+def sharpness(images: np.ndarray) -> float:
+  """Returns the mean absolute Laplacian of uint8 [N, H, W, 3]."""
+  return float(
+    np.mean([np.abs(cv2.Laplacian(x, cv2.CV_32F)).mean() for x in images])
+  )
+
+
+def light_range(images: np.ndarray, words: list[Mapping[str, str]]) -> float:
+  """Returns how far pictures of bright words are above those of dark words.
+
+  Args:
+    images: uint8 [N, H, W, 3].
+    words: of each, with "lighting".
+
+  Returns:
+    Slope of the mean grey level over the gain of the light; 0 if all have
+    the same light.
+  """
+  gains = np.array([lexicon.light(w["lighting"]).gain.mean() for w in words])
+  greys = images.reshape(len(images), -1).mean(axis=1)
+  centred = gains - gains.mean()
+  spread = np.square(centred).sum()
+  return float((centred * greys).sum() / spread) if spread > 0 else 0.0
+
+
+def flatness(images: np.ndarray) -> float:
+  """Returns the share of neighbours of the same colour, within 4 levels."""
+  wide = images.astype(np.int16)
+  near = np.abs(np.diff(wide, axis=2)).max(axis=-1) <= 4
+  return float(near.mean())
+
+
+def measure(
+  kind: str,
+  stack: stack_lib.Stack,
+  params: types.Params,
+  held_out: canvas_corpus.Corpus,
+  config: Mapping[str, Any],
+) -> dict[str, float]:
+  """Draws held-out prompts with and without a LoRA, from the same seeds.
+
+  Returns:
+    "with" and "without" it: `sharpness`, `light_range` or `flatness`; and
+    "wanted", that of the pictures it was taught by.
+  """
+  sheet = config["train"]["sheet"]
+  num = min(config["data"]["num_measured"], len(held_out))
+  sampler = stack.sampler(jnp.dtype(config["dtype"]))
+  words = [held_out.records[i]["words"] for i in range(num)]
+  value = {
+    "detail": sharpness,
+    "lighting": lambda images: light_range(images, words),
+    "style": flatness,
+  }[kind]
+
+  def draw(net):
+    placed = sampler.place({**stack.params, "unet": net})
+    parts = [
+      sampler.sample(
+        held_out.prompts[start : start + sheet["num"]],
+        seeds=list(range(start, start + sheet["num"])),
+        steps=sheet["steps"],
+        guidance=sheet["guidance"],
+        size=held_out.images.shape[1:3],
+        params=placed,
+      )
+      for start in range(0, num - num % sheet["num"], sheet["num"])
+    ]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+  words = words[: num - num % sheet["num"]]
+  change = _transform(kind, held_out)
+  wanted = [change(i, held_out.images[i]) for i in range(len(words))]
+  return {
+    "without": value(draw(stack.params["unet"])),
+    "with": value(draw(params["unet"])),
+    "wanted": value(np.stack(wanted)),
+  }
+
+
+def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+  """Returns the model card; every number in it is measured."""
+  data, model, settings = config["data"], config["model"], config["train"]
+  named = {
+    "detail": "detail: mean absolute Laplacian of what is drawn",
+    "lighting": "lighting: grey levels per unit of the light's gain",
+    "style": "style: share of flat colour",
+  }
+  any_one = next(iter(metrics.values()))
+  return cards.text(
+    "Mini LoRAs of the paper-doll world",
+    "LoRAs trained by `launch/pretrain.py --config configs/pretrain_lora.py` on"
+    f" the mini SDXL beside them, in {model['layout']}'s format.",
+    tags=("lora", "person-re-identification", "synthetic"),
+    facts={
+      "Data": f"{data['num_canvases']:,} drawn canvases of 192 x 144 pixels,"
+      f" changed as each LoRA shall learn it, world seed {data['seed']}",
+      "Size": f"rank {model['rank']}, alpha {model['alpha']:g},"
+      f" {any_one['parameters']:,} parameters each, stored in float16",
+      "Training": f"{any_one['steps']:,} steps each, seed {settings['seed']}",
+    },
+    table={
+      named[kind]: f"{one['without']:.3f} without, {one['with']:.3f} with"
+      f" (taught by {one['wanted']:.3f})"
+      for kind, one in metrics.items()
+    },
+  )
+
+
+def _transform(kind: str, drawn: canvas_corpus.Corpus) -> latents.Transform:
+  """Returns a LoRA's change; places stay, but for their sharpness and style."""
+
+  def change(i: int, image: np.ndarray) -> np.ndarray:
+    record = drawn.records[i]
+    if kind == "lighting" and record["is_scene"]:
+      return np.asarray(image)  # Under its whole light already.
+    return CHANGES[kind](np.asarray(image), record["words"])
+
+  return change
+
+
+def _bytes(x: np.ndarray) -> np.ndarray:
+  return np.clip(np.rint(x), 0, 255).astype(np.uint8)
