@@ -22,10 +22,20 @@ import PIL.Image
 import pytest
 import tiny_sdxl
 
-from dppp_jax import cli, errors
-from dppp_jax.data import shards
+from dppp_jax import cli, errors, trees
+from dppp_jax.data import images, shards
 from dppp_jax.diffusion import sampler as sampler_lib
-from dppp_jax.geneperson import matting, networks, pose_bank, prompts
+from dppp_jax.geneperson import (
+  backgrounds,
+  canvas,
+  compose,
+  identity,
+  matting,
+  networks,
+  pose_bank,
+  prompts,
+)
+from dppp_jax.weights import diffusers_folder
 
 _ROOT = pathlib.Path(cli.__file__).parents[1]
 _CONFIG = "--config=configs/geneperson.py"
@@ -101,13 +111,13 @@ class _Made(list):
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
-  """An undisturbed run: its data_dir, its sampler and its programs."""
+  """An undisturbed run: data_dir, sampler, compilations of the matting."""
   path = tmp_path_factory.mktemp("whole")
   before = matting._canvases._cache_size()
   with _Made() as made:
     assert generate(*words, f"--data_dir={path}") == 0
   assert len(made) == 1
-  return path, made[0].traces, matting._canvases._cache_size() - before
+  return path, made[0], matting._canvases._cache_size() - before
 
 
 def _raw(data_dir):
@@ -125,8 +135,8 @@ def _manifest(data_dir):
 
 def test_one_program_of_each_kind_draws_everything(whole):
   """Backgrounds with no ControlNet, and the last batch, which is short."""
-  _, traces, mattings = whole
-  assert traces == {"encode": 1, "begin": 1, "denoise": 1, "decode": 1}
+  _, sampler, mattings = whole
+  assert sampler.traces == {"encode": 1, "begin": 1, "denoise": 1, "decode": 1}
   assert mattings == 1
 
 
@@ -167,6 +177,80 @@ def test_the_backgrounds(whole):
   found = [np.asarray(PIL.Image.open(file)) for file in files]
   assert {picture.shape for picture in found} == {(64, 32, 3)}
   assert len({picture.tobytes() for picture in found}) == len(files)
+
+
+def test_each_part_does_its_own(whole, places):
+  """Every picture anew from the parts, with no maker and no pool between."""
+  path, sampler, _ = whole
+  layout = canvas.Layout(rows=2, cols=2, cell=(32, 16), multiple=4)
+  common = {"steps": 2, "guidance": 7.0}
+  (folder,) = (path / "geneperson_backgrounds").iterdir()
+  noise = np.random.default_rng(0).integers(0, 256, (2, 64, 32, 3), np.uint8)
+  people, grounds = prompts.People(0), {}
+  lights = sorted({people[pid].lighting for pid in range(_COUNT)})
+  for light in lights:
+    where = prompts.places(light)
+    drawn = sampler.sample(
+      [prompts.background(place, light) for place in where[:2]],
+      seeds=[identity.seed_of("background", 0, light, n) for n in (0, 1)],
+      negative_prompts=prompts.NEGATIVE_BACKGROUND,
+      control_images=[noise, noise[0]],  # Not looked at.
+      control_scales=0,
+      **common,
+    )
+    stem = light.replace(", ", "-").replace(" ", "-")
+    for n, picture in enumerate(np.asarray(drawn)):
+      (file,) = folder.glob(f"{stem}-{n:05d}-*.png")
+      np.testing.assert_array_equal(np.asarray(PIL.Image.open(file)), picture)
+      grounds[light, where[n]] = picture
+  held, bank = shards.load(path), pose_bank.default_bank()
+  mattes = matting.load(places["models.u2net"], size=(32, 32), min_peak=0.0)
+  person = people[4]
+  figures = [
+    pose.fit((32, 16), fill=0.8)
+    for pose in bank.choose(
+      4,
+      seed=0,
+      pid=4,
+      body=person.words["body"],
+      activity=person.words["activity"],
+    )
+  ]
+  drawn = sampler.sample(
+    [person.prompt()] * 2,
+    seeds=[identity.seed_of("canvas", 0, 4), 0],
+    negative_prompts=prompts.NEGATIVE,
+    control_images=[
+      np.stack([canvas.skeleton_map(figures, layout), noise[1]]),
+      canvas.line_map(canvas.grid_map(layout)),
+    ],
+    control_scales=[0.9, 0.4],
+    **common,
+  )
+  cells = canvas.cut(np.asarray(drawn)[0], layout)
+  alpha = mattes(cells).alpha
+  some = [held.record(i) for i in np.flatnonzero(held.pids == 4)]
+  assert len(some) == 3
+  for record in some:
+    i = record["cell"]
+    rng = np.random.default_rng([0, backgrounds._STREAM, 4, i])
+    rng.integers(2)  # Which of the pool.
+    ground = grounds[person.lighting, record["background"]]
+    ground = compose.crop(ground, (32, 16), rng=rng)
+    fused = compose.fuse(cells[i], alpha[i], background=ground)
+    jpeg = images.encode_jpeg(fused, quality=95)
+    np.testing.assert_array_equal(record["image"], images.decode(jpeg, name=""))
+
+
+def test_the_lora_is_merged(whole, places):
+  _, plain = diffusers_folder.unet(places["models.base"])
+  merged = trees.flatten(whole[1].components.params["unet"])
+  changed = [
+    name
+    for name, value in trees.flatten(plain).items()
+    if not np.array_equal(value, merged[name])
+  ]
+  assert len(changed) == 1 and "to_k" in changed[0]
 
 
 def test_run_again_it_reads_no_network(whole, words, capsys, monkeypatch):

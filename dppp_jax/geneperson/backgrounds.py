@@ -137,10 +137,10 @@ class Pool:
           self.folder / "pool.json", json.dumps(self._config, indent=1)
         )
         left = [scene for scene in scenes if scene.stem not in known]
-        if left and len(left) < len(scenes):
+        if left:  # Where there is no bar, nothing else is said for long.
           logs.say(
-            f"{self.folder}: {len(scenes) - len(left)} backgrounds are there"
-            " already"
+            f"{self.folder}: drawing {len(left)} backgrounds,"
+            f" {len(scenes) - len(left)} are there already"
           )
         with logs.progress(
           total=len(scenes),
