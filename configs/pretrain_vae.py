@@ -38,32 +38,33 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.weight_decay = 0.01
-  train.weights = dict(gradient=0.5, laplacian=0.5, kl=1e-4)
   # Windows make more steps of the same work; whole canvases come last,
   # because the norms' statistics are those of the whole picture.
   train.phases = (
     dict(
       name="windows",
-      crop=(96, 96),
+      crop=(64, 64),
       batch_size=8,
-      epochs=8,
-      lr=2e-3,
-      warmup=0.03,
-      final=0.25,
+      epochs=16,
+      lr=3e-3,
+      warmup=0.01,
+      final=0.1,
+      weights=dict(square=2.0, gradient=0.1, laplacian=0.1, kl=1e-4),
     ),
     dict(
       name="canvases",
       crop=None,
       batch_size=8,
       epochs=1,
-      lr=5e-4,
-      warmup=0.0,
+      lr=6e-4,
+      warmup=0.02,
       final=0.02,
+      weights=dict(square=2.0, gradient=0.3, laplacian=0.3, kl=1e-4),
     ),
   )
   train.log_every = 25
-  train.checkpoint_every = 250
-  train.sheet_every = 250
+  train.checkpoint_every = 200
+  train.sheet_every = 400
   train.tensorboard = False
 
   if arg == "smoke":

@@ -5,7 +5,14 @@ import pathlib
 from typing import Any
 
 from dppp_jax import errors
-from dppp_jax.pretraining import autoencoder, clip, controlnet, lora, unet
+from dppp_jax.pretraining import (
+  autoencoder,
+  clip,
+  controlnet,
+  lora,
+  matting,
+  unet,
+)
 
 # (resolved configuration, run folder) -> the folder with the network, or None
 # where a signal stopped the training.
@@ -16,6 +23,7 @@ METHODS: dict[str, Train] = {
   "clip_pretrain": clip.train,
   "controlnet": controlnet.train,
   "lora": lora.train,
+  "matting": matting.train,
   "unet": unet.train,
 }
 

@@ -77,11 +77,13 @@ class Outcome:
     finished: False where a signal stopped it; run again to go on.
     step: global step.
     params: nested dict; averaged, where the last stage keeps averages.
+    collections: such as BatchNorm's statistics.
   """
 
   finished: bool
   step: int
   params: types.Params
+  collections: types.Collections = dataclasses.field(default_factory=dict)
 
 
 def fit(
@@ -166,13 +168,13 @@ def fit(
           manager.wait()
           step = int(offsets[number]) + run.step
           logs.say(f"stopped at step {step}; run again to go on")
-          return Outcome(False, step, stage_lib.averaged(params, collections))
+          params = stage_lib.averaged(params, collections)
+          return Outcome(False, step, params, collections)
     finally:
       manager.close()
       writer.close()
-  return Outcome(
-    True, int(offsets[-1]), stage_lib.averaged(params, collections)
-  )
+  params = stage_lib.averaged(params, collections)
+  return Outcome(True, int(offsets[-1]), params, collections)
 
 
 class _StageRun:

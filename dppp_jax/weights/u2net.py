@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import numpy as safetensors
 
 from dppp_jax import errors, trees
 from dppp_jax.models import u2net
-from dppp_jax.weights import convert, hub, onnx
+from dppp_jax.weights import convert, export, hub, onnx
 
 Rule = convert.Rule
 _EPSILON = 1e-5  # Of the batch norms.
@@ -69,17 +68,26 @@ def locate(spec: str | pathlib.Path) -> pathlib.Path:
   return path
 
 
-def save(path: str | pathlib.Path, variables: Mapping[str, Any]) -> None:
+def save(
+  path: str | pathlib.Path,
+  variables: Mapping[str, Any],
+  *,
+  dtype: str = "float32",
+) -> None:
   """Writes a .safetensors file under the published names.
 
   Args:
     path: the file.
     variables: {"params": ..., "batch_stats": ...}.
+    dtype: `float32` or `float16`.
+
+  Raises:
+    errors.UserError: another dtype, or a weight that is not finite in it.
   """
   variables = {key: variables[key] for key in ("params", "batch_stats")}
   variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
   tensors = convert.invert(variables, rules(), where=str(path))
-  safetensors.save_file(tensors, str(path))
+  export.write_tensors(pathlib.Path(path), tensors, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=4)
