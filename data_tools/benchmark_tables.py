@@ -39,10 +39,12 @@ def page() -> str:
       f" Python {where['python']}, {versions}; commit {where['commit']},"
       f" {where['date']}.\n"
     )
-    parts.append("| | |\n|---|---|")
-    for name, value in flatten(values["results"]):
-      parts.append(f"| {name} | {value} |")
-  return "\n".join(parts) + "\n"
+    results = values["results"]
+    results.pop("batches", None)  # Every single run; the table sums them up.
+    for rows in (results.pop("table", []), [["", ""], *flatten(results)]):
+      rows[1:1] = [["---"] * len(rows[0])] if rows else []
+      parts += [f"| {' | '.join(map(str, row))} |" for row in rows] + [""]
+  return "\n".join(parts)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
