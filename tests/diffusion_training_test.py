@@ -105,6 +105,7 @@ def test_unet_ends_as_a_pipeline_of_diffusers(root, sdxl):
 def test_controlnet_steers_by_skeletons(root, sdxl):
   config = _config("pretrain_controlnet_openpose", root, base=str(sdxl))
   assert methods.METHODS[config["method"]] is controlnet.train
+  config["train"]["sheet_every"] = 0
   folder = controlnet.train(config, str(root / "openpose"))
   assert folder.name == "controlnet-openpose"
   net = diffusers.ControlNetModel.from_pretrained(folder)
@@ -113,10 +114,12 @@ def test_controlnet_steers_by_skeletons(root, sdxl):
   parts = components.load_components(sdxl, controlnets=[folder])
   assert len(parts.controlnets) == 1
   metrics = json.loads((folder / "metrics.json").read_text())
+  # Without it, the error is that of the UNet alone.
+  base = json.loads((sdxl / "metrics.json").read_text())["held_out_mse"]
+  np.testing.assert_allclose(
+    metrics["held_out_mse_without"], base, rtol=1e-2
+  )  # The folder is in float16.
   assert metrics["held_out_mse"] != metrics["held_out_mse_without"]
-  assert PIL.Image.open(
-    root / "openpose" / "sheets" / "windows-000002.png"
-  ).size == (2 * 144, 3 * 192)
 
 
 def test_loras_are_files_that_merge(root, sdxl):

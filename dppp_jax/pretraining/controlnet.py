@@ -150,14 +150,12 @@ def measure(
 ) -> dict[str, Any]:
   """Returns the error on held-out canvases with and without the network."""
   data = stack_lib.examples(stack, held_out, config["data"], control=control)
-  plain = dataclasses.replace(
-    stack, system=dataclasses.replace(stack.system, control=None)
-  )
+  # A ControlNet of zeros is none.
+  states = [params, {**params, "controlnet": stack.params["controlnet"]}]
+  errors_of = stack_lib.held_out_errors(stack, states, data, config)
   return {
-    "held_out_mse": stack_lib.held_out_error(stack, params, data, config),
-    "held_out_mse_without": stack_lib.held_out_error(
-      plain, params, data, config
-    ),
+    "held_out_mse": errors_of[0],
+    "held_out_mse_without": errors_of[1],
     "num_held_out": len(held_out),
   }
 

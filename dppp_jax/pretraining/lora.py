@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -110,14 +111,16 @@ def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
     metadata={"ss_network_dim": str(model["rank"])},
   )
   sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
-  unseen = of(held_out)
-  error = lambda params, **more: stack_lib.held_out_error(
-    stack, params, unseen, config, **more
+  # Factors of zeros are none.
+  none = jax.tree.map(np.zeros_like, outcome.params["lora"])
+  states = [outcome.params, {**outcome.params, "lora": none}]
+  errors_of = stack_lib.held_out_errors(
+    stack, states, of(held_out), config, lora_scale=scale
   )
   return {
     **measure(kind, stack, merged(outcome.params), held_out, config),
-    "held_out_mse": error(outcome.params, lora_scale=scale),
-    "held_out_mse_without": error(stack.given),
+    "held_out_mse": errors_of[0],
+    "held_out_mse_without": errors_of[1],
     **cards.cost(folder, sizes),
     "parameters": trees.count(outcome.params["lora"]),
   }

@@ -201,40 +201,41 @@ def fit(
   )
 
 
-def held_out_error(
+def held_out_errors(
   stack: Stack,
-  params: types.Params,
+  states: Sequence[types.Params],
   data: Mapping[str, np.ndarray],
   config: Mapping[str, Any],
   *,
   batch_size: int = 8,
   **more: Any,
-) -> float:
-  """Returns the mean squared error of the prediction on examples unseen.
+) -> list[float]:
+  """Returns mean squared errors of the prediction on examples unseen.
 
-  No prompt is dropped, no timestep weighs more, and the noise is the same at
-  each call, so two states of a network can be compared.
+  No prompt is dropped, no timestep weighs more, and the noise is the same for
+  all states of the networks and at each call, so that they can be compared.
 
   Args:
     stack: of the training.
-    params: that the loss reads.
+    states: parameters that the loss reads, of the same structure each.
     data: of `examples`.
     config: resolved.
     batch_size: of measuring.
     **more: of `denoising.Options`.
+
+  Returns:
+    One number for each state.
   """
   plain = dataclasses.replace(options(config, **more), drop=0.0, snr_gamma=None)
   empty = denoising.empty_ids(stack.system, stack.tokenizers)
   loss = jax.jit(denoising.make_loss(stack.system, plain, empty=empty))
   found = []
-  num = len(data["moments"])
-  for start in range(0, num - batch_size + 1, batch_size):
-    batch = {
-      k: np.asarray(x[start : start + batch_size]) for k, x in data.items()
-    }
+  for start in range(0, len(data["moments"]) - batch_size + 1, batch_size):
+    some = slice(start, start + batch_size)
+    batch = {name: np.asarray(x[some]) for name, x in data.items()}
     key = jax.random.fold_in(jax.random.key(0), start)
-    found.append(float(loss(params, {}, batch, key)[0]))
-  return float(np.mean(found))
+    found.append([float(loss(state, {}, batch, key)[0]) for state in states])
+  return np.mean(found, axis=0).tolist()
 
 
 def watcher(

@@ -67,10 +67,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   export(target, stack, outcome.params, config, sides=drawn.images.shape[1:3])
   sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
   unseen = stack_lib.examples(stack, held_out, data)
+  (error,) = stack_lib.held_out_errors(stack, [outcome.params], unseen, config)
   metrics = {
-    "held_out_mse": stack_lib.held_out_error(
-      stack, outcome.params, unseen, config
-    ),
+    "held_out_mse": error,
     "num_held_out": len(held_out),
     **cards.cost(folder, sizes),
     "parameters": {
