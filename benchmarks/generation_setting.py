@@ -154,6 +154,8 @@ def mini_networks() -> dict[str, Any]:
     projection_dim=128,
   )
   unet |= dict(
+    in_channels=vae["latent_channels"],
+    out_channels=vae["latent_channels"],
     cross_attention_dim=2 * text["hidden_size"],
     use_linear_projection=True,
     addition_embed_type="text_time",

@@ -54,7 +54,7 @@ class UNet(backbone.Backbone):
       for i, kind in enumerate(config.up_block_types)
     ]
     self.conv_norm_out = resnet2d.GroupNorm(
-      config.norm_num_groups, epsilon=config.norm_eps, dtype=self.wide
+      config.norm_num_groups, config.norm_eps
     )
     kernel = config.conv_out_kernel
     self.conv_out = convolution.Conv(

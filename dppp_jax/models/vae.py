@@ -150,12 +150,7 @@ class Attention(nn.Module):
   def __call__(self, x: types.Array) -> jax.Array:
     """Returns [B, H, W, C] for x [B, H, W, C]."""
     batch, height, width, channels = x.shape
-    norm = resnet2d.GroupNorm(
-      self.groups,
-      epsilon=_EPSILON,
-      dtype=layers.stream_dtype(self.dtype),
-      name="group_norm",
-    )
+    norm = resnet2d.GroupNorm(self.groups, _EPSILON, name="group_norm")
     y = norm(x).reshape(batch, height * width, channels)
     attend = transformer2d.Attention(
       channels, heads=1, bias=True, dtype=self.dtype
@@ -182,9 +177,8 @@ class _Part(nn.Module):
   def last(self, features: int) -> None:
     """Makes the last norm and convolution."""
     wide = layers.stream_dtype(self.dtype)
-    self.conv_norm_out = resnet2d.GroupNorm(
-      self.config.norm_num_groups, epsilon=_EPSILON, dtype=wide
-    )
+    groups = self.config.norm_num_groups
+    self.conv_norm_out = resnet2d.GroupNorm(groups, _EPSILON)
     self.conv_out = resnet2d.conv3x3(features, wide)
 
   def finish(self, x: jax.Array) -> jax.Array:
