@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
+# In order: later ones are trained on what earlier ones give.
+NETS ?= clip vae u2netp unet controlnet_openpose controlnet_canny lora
 PIN := -c constraints.txt --disable-pip-version-check -q
 
 .PHONY: demo test lint bench pretrain setup setup-test clean
@@ -39,8 +41,9 @@ bench: setup-test
 	  $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 pretrain: setup
-	@$(BIN)/python launch/pretrain.py --config configs/pretrain_clip.py \
-	  --workdir runs/pretrain_clip
+	@for net in $(NETS); do $(BIN)/python launch/pretrain.py \
+	  --config configs/pretrain_$$net.py --workdir runs/pretrain_$$net \
+	  || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs data

@@ -3,8 +3,9 @@
   python launch/pretrain.py --config configs/pretrain_u2netp.py \
     --workdir runs/pretrain_u2netp
 
-Ends with the folder `workdir/u2netp`, its card with the measured IoU, and
-metrics.json; cells, mattes and what is found lie in `workdir/sheets`. On a GPU:
+Needs the mini VAE (configs/pretrain_vae.py), or `--config.data.vae=`. Ends with
+the folder `workdir/u2netp`, its card with the measured IoU, and metrics.json;
+cells, mattes and what is found lie in `workdir/sheets`. On a GPU:
 `--config.dtype=bfloat16`. `:smoke` takes seconds and learns nothing.
 """
 
@@ -27,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   data.cache = "runs/canvases"  # Shared by all networks of stage A.
   # Every second canvas is shown as this autoencoder gives it back: generated
   # cells have passed the same decoder. "" for none.
-  data.vae = "dppp_jax/assets/mini/sdxl/vae"
+  data.vae = "runs/pretrain_vae/vae"
 
   config.model = model = ml_collections.ConfigDict()
   # (inside, out) of stage1 .. stage6, and of stage5d .. stage1d.
@@ -37,7 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.batch_size = 24
-  train.epochs = 3
+  train.epochs = 2
   train.lr = 3e-3
   train.warmup = 0.05
   train.final = 0.01

@@ -312,7 +312,13 @@ def draw(data: Mapping[str, Any], split: str, num: int) -> canvas_corpus.Corpus:
 def _begin(config, params, collections, rng, *, is_first):
   if not is_first:
     return params, collections
-  params = vae.init_params(config, rng)
+  # Residual branches begin at zero, so that the colours, for which the rest is
+  # enough, are learned first.
+  flat = trees.flatten(vae.init_params(config, rng))
+  is_last = lambda name: name.endswith("conv2/kernel")
+  params = trees.unflatten(
+    {k: jnp.zeros_like(x) if is_last(k) else x for k, x in flat.items()}
+  )
   if config.use_quant_conv:
     # Little noise at first: at a variance of one the decoder sees nothing of
     # the picture, and for hundreds of steps learns its mean colours only.

@@ -196,6 +196,7 @@ def iou(found: types.Array, wanted: types.Array) -> jax.Array:
   return jnp.mean(jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0))
 
 
+@jax.jit
 def degrade(
   images: types.Array, mattes: types.Array, rng: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
