@@ -91,13 +91,25 @@ def write(name: str, results: Mapping[str, Any]) -> pathlib.Path:
   Returns:
     The path written.
   """
-  found = environment()
-  slug = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-  path = _RESULTS / f"{name}-{slug}.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
+  found, place = environment(), path(name)
+  place.parent.mkdir(parents=True, exist_ok=True)
   whole = {"benchmark": name, "environment": found, "results": dict(results)}
-  path.write_text(json.dumps(whole, indent=2) + "\n")
-  return path
+  place.write_text(json.dumps(whole, indent=2) + "\n")
+  return place
+
+
+def path(name: str) -> pathlib.Path:
+  """Returns the file of a benchmark's results on this device."""
+  device = jax.devices()[0]
+  kind = device.device_kind if device.platform != "cpu" else "cpu"
+  slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+  return _RESULTS / f"{name}-{slug}.json"
+
+
+def read(name: str) -> dict[str, Any] | None:
+  """Returns what `write` wrote last, or None."""
+  place = path(name)
+  return json.loads(place.read_text()) if place.is_file() else None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

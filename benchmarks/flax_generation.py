@@ -33,8 +33,9 @@ def _random(shapes: Any) -> Any:
   pool = pool.astype(ml_dtypes.bfloat16)
   flat = trees.flatten(shapes)
   for name, leaf in flat.items():
-    value = np.resize(pool, leaf.shape)
-    flat[name] = value + np.ones((), value.dtype) * name.endswith("scale")
+    flat[name] = np.resize(pool, leaf.shape)
+    if name.endswith("scale"):
+      flat[name] = np.ones_like(flat[name])
   return trees.unflatten(flat)
 
 

@@ -1,7 +1,7 @@
 """Canvases of SDXL here and in PyTorch diffusers, side by side.
 
-    python benchmarks/generation.py [--model canvas|sdxl|mini] [--batches 1,4,8]
-        [--limit 540] [--no_compile] [--mini]
+    python benchmarks/generation.py [--model canvas|sdxl|mini] [--mini]
+        [--batches 1,4,8] [--limit 540] [--no_compile]
 
 `canvas` is 896 x 1536 with two ControlNets, `sdxl` 1024 x 1024 without, both
 with random weights in bfloat16 on a GPU, 30 steps with guidance. `mini`, and
@@ -12,12 +12,20 @@ given the same noise, and must draw the same picture.
 A draw is everything from prompts to pictures on the host. Both sides have a
 process each and take turns; `cpu s` is processor time, which other work on the
 machine disturbs less. Compiled programs are kept in --cache: `cold` is the time
-from the start of a process to its first picture with an empty one, `warm` with
-a full one. What fails or does not fit into --limit seconds becomes a note, and
-what was measured until then is written.
+from the start of a process to its first picture with an empty one (--cold
+empties it), `warm` with a full one.
+
+What fails, or would begin after --limit seconds, becomes a note; what is
+measured is written at once, and joins what an earlier run of the same commit
+measured. A sweep may so be made in several commands of bounded time:
+
+    for n in 1 4 8; do
+      timeout 600 python benchmarks/generation.py --model canvas --batches $n
+    done
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import os
@@ -105,10 +113,11 @@ def _first(
   notes: _Notes,
 ) -> dict[str, float]:
   """Returns seconds from the start of our process to its first picture."""
-  found: dict[str, float] = {}
-  for name in ("cold", "warm"):
-    if name == "cold":
-      shutil.rmtree(cache, ignore_errors=True)
+  if args.cold:
+    shutil.rmtree(cache, ignore_errors=True)
+  names = ["warm"] if cache.exists() else ["cold", "warm"]
+  found: dict[str, float] = {"batch": batch}
+  for name in names:
     with notes.instead(f"first canvas, {name}"):
       begin = time.perf_counter()
       side = _start(_OURS, setting, args, cache)
@@ -116,9 +125,9 @@ def _first(
         found[f"{name}_ready_s"] = time.perf_counter() - begin
         side.draw("", batch)
         found[f"{name}_s"] = time.perf_counter() - begin
-        if name == "warm":
-          # The compiler's own memory is in the cold one.
-          found |= {f"{k}_bytes": v for k, v in side.memory().items()}
+        # The cold one holds the compiler's own memory too.
+        memory = side.memory()
+        found |= {f"{name}_{k}_bytes": v for k, v in memory.items()}
   return found
 
 
@@ -178,18 +187,39 @@ def _ratios(batches: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def _peak(setting: Any, sides: dict[str, Any]) -> float | None:
+  """Returns FLOP/s: the data sheet's, or a CPU's at a large product."""
+  if setting.gpu:
+    return flops.bfloat16_peak(jax.devices()[0].device_kind)
+  return max(side.matmul_flops() for side in sides.values())
+
+
+def _matting(ours: Any, batches: dict[str, Any]) -> dict[str, float]:
+  """Returns what U2-Net takes for a canvas, and which share that is."""
+  found = ours.matting()
+  rows = [found[_OURS] for found in batches.values() if _OURS in found]
+  fastest = min(rows, key=lambda row: row["s_per_canvas"])
+  found["share_of_canvas"] = found["s"] / fastest["s_per_canvas"]
+  return found
+
+
 def run(
-  setting: Any, args: argparse.Namespace, notes: _Notes, until: float
-) -> dict[str, Any]:
-  """Checks and measures one model."""
+  setting: Any,
+  args: argparse.Namespace,
+  notes: _Notes,
+  until: float,
+  save: Callable[[dict[str, Any]], Any],
+) -> None:
+  """Checks and measures one model, and saves what is known ever again."""
   results: dict[str, Any] = {
     "model": setting.name,
     "size": list(setting.size),
     "steps": setting.steps,
     "seed": generation_setting.SEED,
     "dtype": "bfloat16" if setting.gpu else "float32",
-    "threads": os.cpu_count(),
+    "threads": len(os.sched_getaffinity(0)),
     "batches": {},
+    "notes": notes,
   }
   with contextlib.ExitStack() as stack:
     scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -202,6 +232,7 @@ def run(
     batches = [int(batch) for batch in args.batches.split(",")]
     if not args.no_first:
       results["first_canvas"] = _first(setting, args, cache, batches[0], notes)
+      save(results)
     close = lambda side: stack.enter_context(contextlib.closing(side))
     sides: dict[str, Any] = {}
     ours = sides[_OURS] = close(_start(_OURS, setting, args, cache))
@@ -211,37 +242,43 @@ def run(
     )
     results["flops"] = parts | {"canvas": needed}
     with notes.instead("torch"):
-      theirs = close(_start(_EAGER, setting, args, cache))
-      sides[_EAGER] = theirs
+      sides[_EAGER] = theirs = close(_start(_EAGER, setting, args, cache))
       if setting.folder and not setting.gpu:
         results["check"] = _check(ours, theirs)
       if not args.no_compile:
         sides[_COMPILED] = theirs
-    if setting.gpu:
-      peak = flops.bfloat16_peak(jax.devices()[0].device_kind)
-    else:
-      peak = max(side.matmul_flops() for side in sides.values())
-    results["peak_flops_per_s"] = peak
+    results["peak_flops_per_s"] = peak = _peak(setting, sides)
     for batch in batches:
       found = _measure(sides, batch, args, until, notes)
       for row in found.values():
-        row["share_of_peak"] = (
-          needed / row["s_per_canvas"] / peak if peak else None
-        )
+        share = needed / row["s_per_canvas"] / peak if peak else None
+        row["share_of_peak"] = share
       results["batches"][str(batch)] = found
-    results["peak_memory_bytes"] = {}
-    for name in (_OURS, _EAGER):
-      with notes.instead(f"memory of {name}"):
-        results["peak_memory_bytes"][name.split()[0]] = sides[name].memory()
+      for name in (_OURS, _EAGER):
+        with notes.instead(f"memory of {name}"):
+          memory = results.setdefault("peak_memory_bytes", {})
+          memory[name.split()[0]] = sides[name].memory()
+      save(results)
     with notes.instead("matting"):
-      matting = ours.matting()
-      rows = [found[_OURS] for found in results["batches"].values()]
-      fastest = min(row["s_per_canvas"] for row in rows)
-      matting["share_of_canvas"] = matting["s"] / fastest
-      results["matting"] = matting
+      results["matting"] = _matting(ours, results["batches"])
+    save(results)
+
+
+def _joined(title: str, results: dict[str, Any]) -> dict[str, Any]:
+  """Adds what an earlier run of the same commit found at other batch sizes."""
+  earlier = common.read(title)
+  same = ("model", "size", "steps", "controlnets", "threads")
+  batches = dict(results["batches"])
+  if (
+    earlier is not None
+    and earlier["environment"]["commit"] == common.environment()["commit"]
+    and all(earlier["results"].get(k) == results.get(k) for k in same)
+  ):
+    results = earlier["results"] | results
+    batches = earlier["results"]["batches"] | batches
   # What the page of all results shows; the rest of it is for programs.
-  results["table"] = _table(results["batches"])
-  return results | _ratios(results["batches"]) | {"notes": list(notes)}
+  results = results | {"batches": batches, "table": _table(batches)}
+  return results | _ratios(batches)
 
 
 def _table(batches: dict[str, Any]) -> list[list[Any]]:
@@ -279,6 +316,8 @@ def _print(results: dict[str, Any]) -> None:
 
 def main() -> None:
   """Measures, prints and writes results/generation*-*.json."""
+  # Read by this process and those that it starts: all shall fit on a device.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   gpu = jax.default_backend() == "gpu"
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   models = list(generation_setting.settings(gpu=gpu))
@@ -297,6 +336,9 @@ def main() -> None:
     "--no_compile", action="store_true", help="leave torch.compile out"
   )
   parser.add_argument(
+    "--cold", action="store_true", help="empty the cache of programs first"
+  )
+  parser.add_argument(
     "--no_first", action="store_true", help="leave cold and warm starts out"
   )
   args = parser.parse_args()
@@ -305,16 +347,15 @@ def main() -> None:
   setting = dataclasses.replace(
     setting, stack_from=args.stack_from, steps=args.steps or setting.steps
   )
-  # Read by the processes that are started below: both shall fit on a device.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(pathlib.Path(args.cache) / "inductor")
   )
   until = time.perf_counter() + (args.limit or float("inf"))
-  results = run(setting, args, _Notes(), until)
-  _print(results)
   title = "generation" if name == models[0] else f"generation_{name}"
-  print(common.write(title, results))
+  save = lambda results: common.write(title, _joined(title, results))
+  run(setting, args, _Notes(), until, save)
+  _print(common.read(title)["results"])
+  print(common.path(title))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ class Side:
       if self.device == "cpu" and shutil.which("g++") is None:
         raise RuntimeError("torch.compile needs g++ on a CPU")
       for net in self._networks():
-        net.compile(mode=self._mode)
+        net.compile(mode=self._mode, dynamic=False)
       self._compiled = True
     images = [_nchw(x.astype(np.float32) / 255) for x in setting.images(batch)]
     options: dict[str, Any] = {}
