@@ -93,6 +93,20 @@ def test_moments_are_sampled_and_normalised():
     np.testing.assert_allclose(back, mean, rtol=1e-6)
 
 
+def test_row_by_row_is_attention(monkeypatch):
+  """What a CPU does with logits that are larger than its cache."""
+  rng = np.random.default_rng(2)
+  draw = lambda n: jnp.asarray(rng.normal(size=(3, n, 2, 4)), jnp.float32)
+  query, key, value = draw(7), draw(5), draw(5)
+  whole = transformer2d.row_by_row(query, key, value)
+  monkeypatch.setattr(transformer2d, "_LARGE", 0)
+  assert "scan" in str(
+    jax.make_jaxpr(transformer2d.row_by_row)(query, key, value)
+  )
+  found = transformer2d.row_by_row(query, key, value)
+  np.testing.assert_allclose(found, whole, atol=1e-6)
+
+
 def test_chunked_attention_is_attention():
   rng = np.random.default_rng(0)
   query, key, value = (
