@@ -44,9 +44,10 @@ def moments(
     float16 [N, h, w, 2 C], mapped: mean, then logvar.
   """
   folder = pathlib.Path(folder)
-  weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-  digest = hashlib.sha256(weights).hexdigest()
-  key = json.dumps([digest, label, images.shape])
+  digest = hashlib.sha256()
+  for file in sorted(folder.glob("*.safetensors")):
+    digest.update(file.read_bytes())
+  key = json.dumps([digest.hexdigest(), label, images.shape])
   name = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = pathlib.Path(cache) / f"latents-{name}.npy"
   if not path.exists():
