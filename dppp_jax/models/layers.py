@@ -7,7 +7,6 @@ that the numbers agree.
 
 from collections.abc import Callable, Sequence
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -78,9 +77,10 @@ def attention(
   # without a detour.
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   logits = jnp.matmul(
-    query, jnp.swapaxes(key, -1, -2), preferred_element_type=wide
+    query * query.shape[-1] ** -0.5,
+    jnp.swapaxes(key, -1, -2),
+    preferred_element_type=wide,
   )
-  logits = logits / math.sqrt(query.shape[-1])
   if causal:
     n, m = logits.shape[-2:]
     mask = jnp.tril(jnp.ones((n, m), bool))[None]
