@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   data.base = "runs/pretrain_unet/sdxl"
 
   config.model = model = ml_collections.ConfigDict()
-  model.conditioning_embedding_out_channels = (8, 16, 32)
+  model.conditioning_embedding_out_channels = (16, 32)
 
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
@@ -40,8 +40,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.phases = (
     dict(
       name="windows",
-      window=(24, 24),
-      stride=(24, 12),
+      window=(48, 48),
+      stride=(48, 24),
       batch_size=32,
       epochs=1,
       lr=1e-3,

@@ -47,8 +47,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.phases = (
     dict(
       name="windows",
-      window=(24, 24),
-      stride=(24, 12),
+      window=(48, 48),
+      stride=(48, 24),
       batch_size=16,
       epochs=4,
       lr=2e-3,

@@ -29,12 +29,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.model = model = ml_collections.ConfigDict()
   # Narrow where the picture is large: the decoder runs for every canvas.
-  model.block_out_channels = (16, 32, 48)
+  # Smaller by two only: a decoder that repeats pixels and convolves cannot tell
+  # them apart again, and stripes here are three pixels wide.
+  model.block_out_channels = (16, 32)
   model.layers_per_block = 1
-  # Four, as SDXL has, keep 21 dB of a picture by the best linear map of patches
-  # of 4 x 4 pixels, eight 27: stripes and dots live in the others.
-  model.latent_channels = 8
-  model.norm_num_groups = 8
+  # Of four pixels the brightness of each, and one colour.
+  model.latent_channels = 6
+  # Of few channels, groups would lose much of the colours, which are the
+  # differences between channels.
+  model.norm_num_groups = 1
   model.mid_block_add_attention = False
 
   config.train = train = ml_collections.ConfigDict()
@@ -47,21 +50,25 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       name="windows",
       crop=(64, 64),
       batch_size=8,
-      epochs=14,
-      lr=3e-3,
+      epochs=12,
+      lr=2e-3,
       warmup=0.01,
-      final=0.1,
-      weights=dict(square=2.0, gradient=0.1, laplacian=0.1, kl=1e-4),
+      final=0.05,
+      weights=dict(
+        square=2.0, chroma=5.0, gradient=0.1, laplacian=0.1, kl=1e-4
+      ),
     ),
     dict(
       name="canvases",
       crop=None,
       batch_size=8,
-      epochs=1,
-      lr=6e-4,
+      epochs=2,
+      lr=5e-4,
       warmup=0.02,
       final=0.02,
-      weights=dict(square=2.0, gradient=0.3, laplacian=0.3, kl=1e-4),
+      weights=dict(
+        square=4.0, chroma=2.0, gradient=0.2, laplacian=0.2, kl=1e-4
+      ),
     ),
   )
   train.log_every = 25

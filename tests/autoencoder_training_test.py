@@ -38,6 +38,9 @@ def test_parts_of_the_loss_equal_loops_over_pixels():
   np.testing.assert_allclose(got["l1"], np.mean(l1), rtol=1e-5)
   want = (np.mean(down) + np.mean(right)) / 2
   np.testing.assert_allclose(got["gradient"], want, rtol=1e-5)
+  colour = [x - sum(x) / 3 for x in error.reshape(-1, 3).astype(float)]
+  want = np.mean(np.square(colour))
+  np.testing.assert_allclose(got["chroma"], want, rtol=1e-5)
   np.testing.assert_allclose(got["l2"], np.mean(square), rtol=1e-5)
   np.testing.assert_allclose(got["laplacian"], np.mean(laplacian), rtol=1e-5)
   # Pictures in [-1, 1] have a peak-to-peak of 2.
@@ -77,7 +80,7 @@ def test_loss_is_the_weighted_sum_of_its_parts():
     }
   )
   weights = autoencoder.Weights(
-    square=2.0, gradient=0.3, laplacian=0.7, kl=0.01
+    square=2.0, chroma=3.0, gradient=0.3, laplacian=0.7, kl=0.01
   )
   params = vae.init_params(config, jax.random.key(0))
   images = np.random.default_rng(2).uniform(-1, 1, (2, 16, 8, 3))
@@ -86,7 +89,7 @@ def test_loss_is_the_weighted_sum_of_its_parts():
   total, aux = loss(params, {}, batch, jax.random.key(1))
   m = aux.metrics
   want = m["l1"] + 2 * m["l2"] + 0.3 * m["gradient"] + 0.7 * m["laplacian"]
-  want += 0.01 * m["kl"]
+  want += 0.01 * m["kl"] + 3 * m["chroma"]
   np.testing.assert_allclose(total, want, rtol=1e-6)
   # Other noise, and another window: the loss is drawn by lot.
   assert float(loss(params, {}, batch, jax.random.key(2))[0]) != float(total)

@@ -120,7 +120,7 @@ def test_flops_of_sdxl(size, wanted):
 def test_mini_has_the_sizes_of_its_training():
   networks = generation_setting.mini_networks()
   net = unet_config.Config.from_hf(networks["unet"])
-  assert vae.Config.from_hf(networks["vae"]).factor == 4
+  assert vae.Config.from_hf(networks["vae"]).factor == 2
   assert net.text_dim == sum(x["hidden_size"] for x in networks["texts"])
 
 

@@ -3,12 +3,13 @@
 The loss has no network in it, so that nothing has to be downloaded: with the
 error e = reconstruction - picture,
 
-    L = mean |e| + a mean e^2 + b mean |grad e| + c mean |laplace e|
-        + d KL(q(z|x), N(0, 1))
+    L = mean |e| + a mean e^2 + b mean (e - grey(e))^2 + c mean |grad e|
+        + d mean |laplace e| + f KL(q(z|x), N(0, 1))
 
-The two edge terms weigh fine patterns, which are few pixels, against flat
-paper. They must not be large at the beginning: while edges are wrong anyway,
-they reward having none.
+Colours vary a tenth as much as brightness, and are learned last unless they
+are weighed apart. The two edge terms weigh fine patterns, which are few pixels,
+against flat paper. They must not be large at the beginning: while edges are
+wrong anyway, they reward having none.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ from dppp_jax.weights import diffusers_folder
 
 _SHOWN = 6  # Canvases on a sheet.
 _BATCH = 8  # Of measuring.
+_COLOUR = 3.0  # Gain of colour over brightness at the beginning.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +46,14 @@ class Weights:
 
   Attributes:
     square: of the mean squared error, by which PSNR is reckoned.
+    chroma: of the mean squared error of the colour, without its grey.
     gradient: of the differences of neighbours, right and below.
     laplacian: of the difference to the mean of the four neighbours.
     kl: of the divergence from the unit normal, per entry of the latents.
   """
 
   square: float = 2.0
+  chroma: float = 5.0
   gradient: float = 0.2
   laplacian: float = 0.2
   kl: float = 1e-4
@@ -170,6 +174,7 @@ def make_loss(
     total = (
       parts["l1"]
       + weights.square * parts["l2"]
+      + weights.chroma * parts["chroma"]
       + weights.gradient * parts["gradient"]
       + weights.laplacian * parts["laplacian"]
       + weights.kl * divergence
@@ -191,7 +196,7 @@ def errors_of(error: types.Array) -> dict[str, jax.Array]:
     error: [B, H, W, C], reconstruction - picture, in units of [-1, 1].
 
   Returns:
-    "l1", "l2", "gradient", "laplacian" and "psnr" (dB), each a scalar.
+    "l1", "l2", "chroma", "gradient", "laplacian" and "psnr" (dB), scalars.
   """
   down = error[:, 1:] - error[:, :-1]
   right = error[:, :, 1:] - error[:, :, :-1]
@@ -206,6 +211,7 @@ def errors_of(error: types.Array) -> dict[str, jax.Array]:
   return {
     "l1": size(error),
     "l2": square,
+    "chroma": jnp.mean((error - error.mean(-1, keepdims=True)) ** 2),
     "gradient": 0.5 * (size(down) + size(right)),
     "laplacian": size(error[:, 1:-1, 1:-1] - around / 4),
     # The range of [-1, 1] is 2.
@@ -310,21 +316,29 @@ def draw(data: Mapping[str, Any], split: str, num: int) -> canvas_corpus.Corpus:
 
 
 def _begin(config, params, collections, rng, *, is_first):
+  """Begins where colours pass: they are learned last otherwise."""
   if not is_first:
     return params, collections
-  # Residual branches begin at zero, so that the colours, for which the rest is
-  # enough, are learned first.
   flat = trees.flatten(vae.init_params(config, rng))
-  is_last = lambda name: name.endswith("conv2/kernel")
-  params = trees.unflatten(
-    {k: jnp.zeros_like(x) if is_last(k) else x for k, x in flat.items()}
-  )
+  for name, x in flat.items():
+    if name.endswith("conv2/kernel"):
+      # Of a residual branch: without it the network is shorter at first.
+      flat[name] = jnp.zeros_like(x)
+    elif x.shape[:2] == (3, 3):
+      # Each pixel mostly as it is, and a little of its neighbours.
+      key = rngs.stream(rng, name)
+      tap = jax.random.normal(key, x.shape[2:]) / math.sqrt(x.shape[2])
+      flat[name] = (0.3 * x).at[1, 1].add(tap)
+  # Between channels lies the colour: three times as much of it comes in.
+  kernel = flat["encoder/conv_in/kernel"]
+  grey = kernel.mean(axis=2, keepdims=True)
+  flat["encoder/conv_in/kernel"] = grey + _COLOUR * (kernel - grey)
   if config.use_quant_conv:
     # Little noise at first: at a variance of one the decoder sees nothing of
     # the picture, and for hundreds of steps learns its mean colours only.
-    bias = params["quant_conv"]["bias"]
-    params["quant_conv"]["bias"] = bias.at[config.latent_channels :].set(-6.0)
-  return params, {}
+    bias = flat["quant_conv/bias"]
+    flat["quant_conv/bias"] = bias.at[config.latent_channels :].set(-6.0)
+  return trees.unflatten(flat), {}
 
 
 def _window(images, crop, rng):
