@@ -6,6 +6,7 @@ the answer to every mistake, not what is learned.
 
 import importlib.util
 import json
+import math
 import shutil
 
 import jax
@@ -362,6 +363,30 @@ def test_pretraining_ends_with_a_clip_that_loads(capsys, tmp_path):
   assert metrics["parameters"] == trees.count(params)
   assert metrics["street"]["num_images"] == 8
   assert load.tokenizer(workdir / "clip")("black jacket")["input_ids"]
+
+
+def test_pretraining_on_cells_leaves_the_text_tower_as_it_is(capsys, tmp_path):
+  begin = cli.ROOT / "dppp_jax/assets/mini/clip"
+  words = (
+    "--config=configs/pretrain_clip_cells.py:smoke",
+    f"--workdir={tmp_path / 'run'}",
+    f"--config.begin={begin}",
+    f"--config.data.cache={tmp_path / 'drawn'}",
+  )
+  code, out, _ = launch(
+    capsys, "launch/pretrain.py", *words, default="pretrain_clip.py"
+  )
+  assert code == 0
+  assert "| attribute | classes | studio | street | canvases |" in out
+  before, after = (
+    trees.flatten(load.clip(folder)[1])
+    for folder in (begin, tmp_path / "run" / "clip")
+  )
+  for name, value in before.items():
+    is_same = np.array_equal(value, after[name])
+    assert is_same == (name.startswith("text_") or name == "logit_scale"), name
+  # 64 people, and three cells of each of seven canvases with people.
+  assert checkpoints.restore_model(tmp_path / "run")[0] == math.ceil(85 / 16)
 
 
 def test_demo_table_has_mean_and_spread():

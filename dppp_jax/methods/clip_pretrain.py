@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppp_jax import types
 from dppp_jax.data import transforms
 from dppp_jax.models import clip
 from dppp_jax.train import losses
@@ -49,6 +50,7 @@ class Phase:
     caption_share: share of the batch whose captions are read; they are soon
       told apart, and cost most of the text tower's time.
     weights: of attributes' losses that are not 1, by place.
+    frozen: patterns of the names of parameters that stay as they are.
   """
 
   name: str
@@ -57,6 +59,7 @@ class Phase:
   warmup: float
   caption_share: float = 1.0
   weights: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  frozen: tuple[str, ...] = ()
 
 
 def stages(
@@ -70,8 +73,9 @@ def stages(
   weight_decay: float,
   augment: transforms.Augment,
   dtype: Any = "float32",
+  begin: types.Params | None = None,
 ) -> list[stage_lib.Stage]:
-  """Returns one stage for each phase; the first begins at random.
+  """Returns one stage for each phase; the later ones go on from the first.
 
   Args:
     config: both towers.
@@ -83,13 +87,14 @@ def stages(
     weight_decay: of matrices.
     augment: what is done to the pictures.
     dtype: compute dtype.
+    begin: nested dict of both towers; None begins at random.
   """
   return [
     stage_lib.Stage(
       name=phase.name,
-      init=make_init(config) if phase is phases[0] else _keep,
+      init=make_init(config, begin) if phase is phases[0] else _keep,
       loss=make_loss(config, prompts, phase, dtype=dtype),
-      rules=((".*", phase.lr),),
+      rules=(*((name, None) for name in phase.frozen), (".*", phase.lr)),
       batches=stage_lib.Shuffled(batch_size),
       epochs=phase.epochs,
       schedule=stage_lib.warmup_cosine(warmup=phase.warmup),
@@ -109,12 +114,14 @@ def _keep(params, collections, rng):
   return params, collections
 
 
-def make_init(config: clip.Config) -> stage_lib.Init:
+def make_init(
+  config: clip.Config, begin: types.Params | None = None
+) -> stage_lib.Init:
   """Returns the initialiser of both towers and the logit scale."""
 
   def init(params, collections, rng):
     del params, collections
-    return clip.init_params(config, rng), {}
+    return clip.init_params(config, rng) if begin is None else begin, {}
 
   return init
 

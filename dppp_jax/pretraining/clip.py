@@ -12,10 +12,11 @@ from dppp_jax import trees
 from dppp_jax.data import source as source_lib
 from dppp_jax.data import transforms
 from dppp_jax.evals import zeroshot
+from dppp_jax.geneperson import canvas
 from dppp_jax.methods import clip_pretrain
 from dppp_jax.models import clip
+from dppp_jax.paperdoll import canvas_corpus, canvases, wardrobe
 from dppp_jax.paperdoll import corpus as corpus_lib
-from dppp_jax.paperdoll import wardrobe
 from dppp_jax.train import loop, run
 from dppp_jax.weights import export, load
 from dppp_jax.weights import tokenizer as tokenizer_lib
@@ -26,13 +27,19 @@ _REPORTED = (
   "upper_color", "upper_pattern", "lower_type", "lower_color",
   "lower_pattern", "footwear_type", "footwear_color", "hat", "bag",
 )  # fmt: skip
+_DOMAINS = {
+  "studio": "studio pictures",
+  "street": "street pictures",
+  "canvases": "cells of canvases",
+}
 
 
 def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   """Pre-trains a CLIP on studio people, exports it, and measures it.
 
   Args:
-    config: the resolved configuration as a nested dict.
+    config: the resolved configuration as a nested dict; it begins with the
+      CLIP of `begin`, or at random.
     workdir: run folder.
 
   Returns:
@@ -41,24 +48,30 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   Raises:
     errors.UserError: see `train.run.prepare` and `train.loop.fit`.
   """
+  beginning = config.get("begin", "")
+  begin = load.clip(beginning) if beginning else None
   folder = run.prepare(workdir, config)
   target = folder / "clip"
   data, train = config["data"], config["train"]
-  corpus = _draw(data, "studio", data["num_images"], folder)
-  words = folder / "tokenizer"
+  cache = data.get("cache", folder)
+  corpus = _training(data, cache)
   attributes = [name for name, v in wardrobe.VALUES.items() if len(v) > 1]
   sentences = [
     wardrobe.phrases(name, value)
     for name in attributes
     for value in wardrobe.VALUES[name]
   ]
-  vocab_size = tokenizer_lib.train_tokenizer(
-    [*corpus.captions, *(text for group in sentences for text in group)],
-    words,
-    vocab_size=config["model"]["vocab_size"],
-  )
-  tokenizer = load.tokenizer(words)
-  clip_config = make_config(config["model"], tokenizer, vocab_size)
+  if begin:
+    tokenizer, (clip_config, params) = load.tokenizer(beginning), begin
+  else:
+    words = folder / "tokenizer"
+    vocab_size = tokenizer_lib.train_tokenizer(
+      [*corpus.captions, *(text for group in sentences for text in group)],
+      words,
+      vocab_size=config["model"]["vocab_size"],
+    )
+    tokenizer, params = load.tokenizer(words), None
+    clip_config = make_config(config["model"], tokenizer, vocab_size)
   length = clip_config.text.max_position_embeddings
   augment = transforms.Augment(**config["augment"])
   stages = clip_pretrain.stages(
@@ -74,6 +87,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     weight_decay=train["weight_decay"],
     augment=augment,
     dtype=jnp.dtype(config["dtype"]),
+    begin=params,
   )
   outcome = loop.fit(
     stages,
@@ -102,7 +116,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     mean=augment.mean,
     std=augment.std,
   )
-  metrics = measure(target, config, folder)
+  metrics = measure(target, config, cache)
   run.write_json(target / "training.json", config)
   run.write_json(target / "metrics.json", metrics)
   (target / "README.md").write_text(card(config, metrics))
@@ -136,7 +150,8 @@ def measure(
   Returns:
     {"studio" | "street": {"zero_shot": {attribute: accuracy}, "num_images"},
     "parameters"}, and for the studio "image_to_text_R@1" and
-    "text_to_image_R@1" of the full captions among all its pictures.
+    "text_to_image_R@1" of the full captions among all its pictures; "canvases"
+    of their cells, where it was trained on some.
   """
   clip_config, params = load.clip(folder)
   encoder = zeroshot.Encoder(
@@ -147,18 +162,22 @@ def measure(
     std=config["augment"]["std"],
   )
   data, found = config["data"], {}
-  for domain in ("held_out", "street"):
-    corpus = _draw(data, domain, data["num_held_out"], cache)
+  corpora = {
+    "studio": _draw(data, "held_out", data["num_held_out"], cache),
+    "street": _draw(data, "street", data["num_held_out"], cache),
+  }
+  if num := data.get("num_held_out_canvases"):
+    corpora["canvases"] = _cells(data, "held_out", num)
+  for name, corpus in corpora.items():
     images = encoder.images(corpus.images)
-    name = "studio" if domain == "held_out" else domain
     found[name] = {
       "num_images": len(images),
       "zero_shot": {
-        name: _accuracy(encoder, images, corpus.attributes, name)
-        for name in _REPORTED
+        attribute: _accuracy(encoder, images, corpus.attributes, attribute)
+        for attribute in _REPORTED
       },
     }
-    if corpus.captions:
+    if name == "studio":
       texts = encoder.texts(corpus.captions)
       recall = zeroshot.recall_at_1(images, texts)
       found[name]["image_to_text_R@1"], found[name]["text_to_image_R@1"] = (
@@ -169,6 +188,10 @@ def measure(
 
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
   """Returns the model card; every number in it is measured."""
+  data, settings = config["data"], config["train"]
+  domains = [name for name in _DOMAINS if name in metrics]
+  cells = data.get("num_canvases", 0)
+  title = "pretrain_clip_cells" if cells else "pretrain_clip"
   lines = [
     "---",
     "license: apache-2.0",
@@ -178,33 +201,35 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     "# Mini CLIP of the paper-doll world",
     "",
     "A small CLIP trained by `launch/pretrain.py --config"
-    " configs/pretrain_clip.py` on drawn people and their prompts. It has seen"
+    f" configs/{title}.py` on drawn people and their prompts. It has seen"
     " no photograph, and nothing here is measured on photographs.",
     "",
-    f"- Data: {config['data']['num_images']} drawn studio pictures of as many"
-    f" people, world seed {config['data']['seed']}",
+    f"- Data: {data['num_images']} drawn studio pictures of as many"
+    f" people, world seed {data['seed']}"
+    + (f", and cells of {cells} drawn canvases" if cells else ""),
     f"- Parameters: {metrics['parameters']:,}, stored in float16",
-    f"- Training: {sum(p['epochs'] for p in config['train']['phases'])} epochs"
-    f" of batches of {config['train']['batch_size']}, seed"
-    f" {config['train']['seed']}",
+    f"- Training: {sum(p['epochs'] for p in settings['phases'])} epochs"
+    f" of batches of {settings['batch_size']}, seed {settings['seed']}"
+    + (", after those of `configs/pretrain_clip.py`" if cells else ""),
     "- Input: 96 x 48 (H x W), mean = std = 0.5; position grid 6 x 6, resized",
     "- Licence: Apache-2.0",
     "",
-    "Zero-shot accuracy on people that the training has not seen"
-    f" ({metrics['studio']['num_images']} studio pictures,"
-    f" {metrics['street']['num_images']} street pictures):",
+    "Zero-shot accuracy on people that the training has not seen ("
+    + ", ".join(
+      f"{metrics[name]['num_images']} {_DOMAINS[name]}" for name in domains
+    )
+    + "):",
     "",
-    "| attribute | classes | studio | street |",
-    "|---|---|---|---|",
+    f"| attribute | classes | {' | '.join(domains)} |",
+    "|---" * (2 + len(domains)) + "|",
   ]
   for name in _REPORTED:
-    studio, street = (
-      metrics[d]["zero_shot"][name] for d in ("studio", "street")
-    )
+    cells = [f"{metrics[d]['zero_shot'][name]:.1%}" for d in domains]
     count = len(wardrobe.VALUES[name])
-    lines.append(f"| {name} | {count} | {studio:.1%} | {street:.1%} |")
+    lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
   for key in ("image_to_text_R@1", "text_to_image_R@1"):
-    lines.append(f"| {key} | | {metrics['studio'][key]:.1%} | |")
+    rest = " |" * len(domains)
+    lines.append(f"| {key} | | {metrics['studio'][key]:.1%}{rest}")
   return "\n".join(lines) + "\n"
 
 
@@ -232,6 +257,40 @@ def _wordings(
   texts = [group[i % len(group)] for group in sentences for i in range(most)]
   ids = clip_pretrain.tokenize(tokenizer, texts, max_length=length)
   return ids.reshape(len(sentences), most, -1)
+
+
+def _training(data, cache) -> corpus_lib.Corpus:
+  """Draws studio people and, where asked for, cells of canvases."""
+  studio = _draw(data, "studio", data["num_images"], cache)
+  if not data.get("num_canvases"):
+    return studio
+  cells = _cells(data, "train", data["num_canvases"])
+  return corpus_lib.Corpus(
+    np.concatenate([studio.images, cells.images]),
+    studio.captions + cells.captions,
+    studio.attributes + cells.attributes,
+  )
+
+
+def _cells(data, split, num) -> corpus_lib.Corpus:
+  """Cuts every second cell, in turns, of canvases of people."""
+  drawn = canvas_corpus.draw(
+    num,
+    seed=data["seed"],
+    split=split,
+    processes=data["processes"],
+    cache=data["cache"],
+  )
+  images, records = [], []
+  for i in np.flatnonzero(~drawn.is_scene):
+    cells = canvas.cut(drawn.images[i], canvases.LAYOUT)[i % 2 :: 2]
+    images.append(cells)
+    records += [drawn.records[i]] * len(cells)
+  return corpus_lib.Corpus(
+    np.concatenate(images),
+    [record["prompt"] for record in records],
+    [record["attributes"] for record in records],
+  )
 
 
 def _draw(data, domain, num, cache) -> corpus_lib.Corpus:
