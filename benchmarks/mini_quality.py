@@ -1,0 +1,248 @@
+"""What the small networks of assets/mini can do, in numbers.
+
+    python benchmarks/mini_quality.py [--num 64] [--assets dppp_jax/assets/mini]
+
+Prompts and skeletons that no training has seen are drawn: people of the same
+kind as in training (`held_out`), and people whose clothes are combined as
+nobody's were (`new`). The same readers read what is generated and what is drawn
+for the same prompts: `drawn` is the best that a reader can say. Everything here
+is drawn or made by networks that saw drawings; nothing is said of photographs.
+
+Writes benchmarks/results/mini_quality-*.json; `python data_tools/mini_page.py`
+writes docs/mini.md from it.
+"""
+
+import argparse
+from collections.abc import Mapping
+import json
+import pathlib
+import time
+from typing import Any
+
+import common
+import numpy as np
+
+from dppp_jax import allocator, logs
+from dppp_jax.diffusion import sampler as sampler_lib
+from dppp_jax.evals import zeroshot
+from dppp_jax.geneperson import components, matting
+from dppp_jax.paperdoll import canvas_corpus, canvases, lexicon
+from dppp_jax.paperdoll import lighting as lights
+from dppp_jax.pretraining import readback
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_SEED = 11  # Of the drawn world; trainings have 0, their cards too.
+_BATCH = 4
+_STEPS, _GUIDANCE = 20, 3.0  # Of configs/geneperson.py:mini.
+_TAUGHT = 5_000  # Drawn canvases that the histograms are learned from.
+_PLACES = 8  # Pictures of each light.
+
+
+class Stage:
+  """The shipped networks, and canvases drawn with them.
+
+  Args:
+    assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/
+      and clip/.
+  """
+
+  def __init__(self, assets: pathlib.Path):
+    controls = [assets / f"controlnet-{kind}" for kind in ("openpose", "canny")]
+    parts = components.load_components(assets / "sdxl", controlnets=controls)
+    self._sampler = sampler_lib.Sampler(parts)
+    self._mattes = matting.load(
+      assets / "u2netp", size=canvases.LAYOUT.cell, batch_size=48
+    )
+    self.encoder = readback.encoder(assets / "clip")
+
+  def canvases(
+    self, drawn: canvas_corpus.Corpus, *, pose: float = 1.0, grid: float = 1.0
+  ) -> np.ndarray:
+    """Generates a canvas for each prompt and skeleton of drawn ones.
+
+    Args:
+      drawn: N canvases of people.
+      pose: how much the skeletons count.
+      grid: how much the grid counts.
+
+    Returns:
+      uint8 [N, H, W, 3].
+    """
+    skeletons = np.stack([drawn.skeleton(i) for i in range(len(drawn))])
+    return self._draw(
+      drawn.prompts, skeletons, canvases.grid_lines(), pose, grid
+    )
+
+  def places(self, prompts: list[str]) -> np.ndarray:
+    """Generates places without people."""
+    blank = np.zeros((*canvases.LAYOUT.size, 3), np.uint8)
+    return self._draw(
+      prompts, np.stack([blank] * len(prompts)), blank, 0.0, 0.0
+    )
+
+  def mattes(self, cells: np.ndarray) -> np.ndarray:
+    """Returns the mattes uint8 [N, cells, h, w] of [N, cells, h, w, 3]."""
+    found = self._mattes(cells.reshape(-1, *cells.shape[2:])).alpha
+    return found.reshape(cells.shape[:4])
+
+  def _draw(self, prompts, skeletons, grid, pose, strength):
+    parts = []
+    for start in logs.progress(
+      range(0, len(prompts), _BATCH), desc="generating", unit="batch"
+    ):
+      some = list(range(start, start + _BATCH))
+      places = [min(i, len(prompts) - 1) for i in some]
+      made = self._sampler.sample(
+        [prompts[i] for i in places],
+        seeds=[_SEED * 100_000 + i for i in some],
+        control_images=[skeletons[places], grid],
+        control_scales=[pose, strength],
+        steps=_STEPS,
+        guidance=_GUIDANCE,
+        size=canvases.LAYOUT.size,
+      )
+      parts.append(np.asarray(made))
+    return np.concatenate(parts)[: len(prompts)]
+
+
+def read(
+  images: np.ndarray,
+  mattes: np.ndarray,
+  drawn: canvas_corpus.Corpus,
+  encoder: zeroshot.Encoder,
+  colours: readback.Colours,
+) -> dict[str, Any]:
+  """Reads canvases that were asked for in the words of drawn ones.
+
+  Args:
+    images: uint8 [N, H, W, 3].
+    mattes: uint8 [N, cells, h, w].
+    drawn: N canvases of the same prompts and skeletons.
+    encoder: of the mini CLIP.
+    colours: a histogram reader.
+  """
+  cells = readback.cut(images)
+  wanted = [record["attributes"] for record in drawn.records]
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  features = readback.features_of(encoder, cells)
+  return {
+    "zero_shot": readback.attributes(encoder, cells, wanted),
+    "histogram": colours.agreement(cells, mattes, drawn.keypoints, wanted),
+    "identity_auc": readback.identity_auc(features),
+    "pose_iou": readback.pose_iou(
+      flat(mattes), flat(readback.cut(drawn.alphas))
+    ),
+    "spill": readback.spill(flat(mattes)),
+  }
+
+
+def luminances(stage: Stage) -> dict[str, dict[str, float]]:
+  """Returns the mean luma of generated places, by words for light and hour."""
+  found: dict[str, float] = {}
+  for light in lights.LIGHTINGS:
+    words = lexicon.said(light)
+    where = [
+      place
+      for place, kind in lexicon.PLACES.items()
+      if (kind == "indoor") == light.indoor
+    ]
+    prompts = [
+      lexicon.BACKGROUND.format(place=where[i % len(where)], lighting=words)
+      for i in range(_PLACES)
+    ]
+    found[words] = readback.luminance(stage.places(prompts))
+  hours = ("day", "dusk", "night")
+  return {
+    "words": found,
+    "hours": {
+      hour: float(np.mean([v for k, v in found.items() if k.startswith(hour)]))
+      for hour in hours
+    },
+  }
+
+
+def cards(assets: pathlib.Path) -> dict[str, Any]:
+  """Returns what the cards of the networks measured."""
+  names = {
+    "vae": "sdxl/vae", "u2netp": "u2netp", "loras": "loras", "clip": "clip"
+  }  # fmt: skip
+  return {
+    name: json.loads((assets / place / "metrics.json").read_text())
+    for name, place in names.items()
+    if (assets / place / "metrics.json").is_file()
+  }
+
+
+def main() -> None:
+  """Draws, reads, prints and writes."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument(
+    "--num", type=int, default=64, help="canvases of each kind"
+  )
+  parser.add_argument("--assets", default=str(_ROOT / "dppp_jax/assets/mini"))
+  parser.add_argument("--cache", default=str(_ROOT / "runs/canvases"))
+  args = parser.parse_args()
+  allocator.keep_memory()
+  assets = pathlib.Path(args.assets)
+  draw = lambda num, **options: canvas_corpus.draw(
+    num, with_scenes=False, cache=args.cache, **options
+  )
+  colours = readback.Colours(draw(_TAUGHT, seed=_SEED + 1))
+  stage = Stage(assets)
+  results: dict[str, Any] = {
+    "seed": _SEED, "num": args.num, "steps": _STEPS, "guidance": _GUIDANCE
+  }  # fmt: skip
+  for split in ("held_out", "new"):
+    drawn = draw(args.num, seed=_SEED, split=split)
+    reading = lambda images, mattes, drawn=drawn: read(
+      images, mattes, drawn, stage.encoder, colours
+    )
+    begin = time.perf_counter()
+    made = stage.canvases(drawn)
+    results.setdefault(
+      "seconds_per_canvas", (time.perf_counter() - begin) / len(made)
+    )
+    found = reading(made, stage.mattes(readback.cut(made)))
+    results[split] = {
+      "generated": found,
+      "drawn": reading(drawn.images, readback.cut(drawn.alphas)),
+    }
+    if split == "held_out":
+      free = stage.canvases(drawn, pose=0.0)
+      mattes = stage.mattes(readback.cut(free))
+      found["pose_iou_without_controlnet"] = readback.pose_iou(
+        mattes.reshape(-1, *mattes.shape[2:]),
+        readback.cut(drawn.alphas).reshape(-1, *mattes.shape[2:]),
+      )
+  results["luminance"] = luminances(stage)
+  results["cards"] = cards(assets)
+  print(text(results))
+  print(common.write("mini_quality", results))
+
+
+def text(results: Mapping[str, Any]) -> str:
+  """Returns the numbers of both splits as a table."""
+  columns = [
+    (s, k) for s in ("held_out", "new") for k in ("generated", "drawn")
+  ]
+  rows = []
+  cell = lambda path: [_at(results[s][k], path) for s, k in columns]
+  for name in readback.ATTRIBUTES:
+    rows.append([f"{name}, by CLIP", *cell(("zero_shot", name, "canvas"))])
+  for part in readback.COLOURED:
+    name = f"{part}_color"
+    rows.append([f"{name}, by histogram", *cell(("histogram", name))])
+  for name in ("identity_auc", "pose_iou", "spill"):
+    rows.append([name, *cell((name,))])
+  header = ["", *(f"{s} {k}" for s, k in columns)]
+  return common.table(header, rows)
+
+
+def _at(values, path):
+  for key in path:
+    values = values[key]
+  return values
+
+
+if __name__ == "__main__":
+  main()
