@@ -159,8 +159,10 @@ def _mini() -> ml_collections.ConfigDict:
   config.prompt.vocabulary = f"{_MINI}/vocabulary.json"
   config.prompt.negative = ""
   config.prompt.long = "error"
+  config.sampler.scheduler = ""  # The folder's own, which it was trained for,
+  config.sampler.k_diffusion = False  # with its own steps.
   config.sampler.steps = 20
-  config.sampler.guidance = 3.0  # What the small UNet was trained for.
+  config.sampler.guidance = 3.0
   config.backgrounds.count = 5
   config.backgrounds.template = lexicon.BACKGROUND
   config.backgrounds.negative = ""

@@ -421,13 +421,16 @@ def test_long_prompts(places, capsys):
   assert re.search(r"\d+ of 20 prompts are cut at 77 tokens, first", said)
 
 
-def test_the_default_is_the_small_one_and_says_what_it_lacks(tmp_path, capsys):
+def test_a_small_network_that_is_not_shipped_is_named(tmp_path, capsys):
   from dppp_jax import generation
 
-  if (_ROOT / generation._MINI / "sdxl").exists():
-    pytest.skip("the small networks are here")
-  error = _mistake(capsys, f"--data_dir={tmp_path / 'data'}")
-  assert "assets/mini/sdxl is missing" in error
+  gone = f"{generation._MINI}/controlnet-depth"
+  error = _mistake(
+    capsys,
+    f"--data_dir={tmp_path / 'data'}",
+    f"--config.models.pose_controlnet={gone}",
+  )
+  assert f"{gone} is missing" in error
   assert "--config configs/geneperson.py:paperdoll" in error
   assert not (tmp_path / "data").exists()
 

@@ -256,6 +256,24 @@ def test_a_person_depends_on_nobody_else(studio, tmp_path):
       np.testing.assert_array_equal(one["image"](), other["image"]())
 
 
+def test_steps_show_what_became_of_every_cell(studio, tmp_path):
+  made = _maker(studio, tmp_path)
+  made.prepare(stopped=lambda: False)
+  (_, person), *_ = made.people([3])
+  found = made.steps(3)
+  cells, alpha, _ = _cells(3)
+  assert found.plan.prompt == studio.people[3].prompt()
+  assert tuple(found.reasons) == FATES
+  np.testing.assert_array_equal(found.cells, cells)
+  np.testing.assert_array_equal(found.alpha, alpha)
+  np.testing.assert_array_equal(canvas.cut(found.canvas, LAYOUT), cells)
+  assert list(found.pictures) == [0, 5]
+  for record in person.records:
+    np.testing.assert_array_equal(
+      found.pictures[record["cell"]], record["image"]()
+    )
+
+
 def test_rules_and_the_skeleton(studio, tmp_path):
   off = dict.fromkeys(quality.Rules.__dataclass_fields__)
   made = _maker(studio, tmp_path, rules=quality.Rules(**off))

@@ -84,6 +84,26 @@ class Plan(NamedTuple):
   skeletons: np.ndarray
 
 
+class Steps(NamedTuple):
+  """All that lies between the prompt of a person and their pictures.
+
+  Attributes:
+    plan: what was asked.
+    canvas: uint8 [H, W, 3], what was drawn.
+    cells: uint8 [N, h, w, 3].
+    alpha: uint8 [N, h, w].
+    reasons: why a cell was thrown away, or None.
+    pictures: uint8 [h, w, 3] of the cells that were kept, by number.
+  """
+
+  plan: Plan
+  canvas: np.ndarray
+  cells: np.ndarray
+  alpha: np.ndarray
+  reasons: list[quality.Reason | None]
+  pictures: dict[int, np.ndarray]
+
+
 class Maker:
   """Makes people in batches; see identity.BatchMaker.
 
@@ -175,7 +195,17 @@ class Maker:
             for plan, *one in zip(plans, canvases, alpha, peak, strict=False)
           ]
           for plan, job in zip(plans, judged, strict=True):
-            yield plan.person.pid, job.result()
+            yield plan.person.pid, job.result()[0]
+
+  def steps(self, pid: int) -> Steps:
+    """Makes a person once more, to show how; the backgrounds must be there."""
+    with futures.ThreadPoolExecutor(1) as threads, _memory(self._batch_size):
+      (plan,), *found = self._begin([pid], threads)
+      canvas, alpha, peak = (np.asarray(x)[0] for x in found)
+    person, reasons = self._judge(plan, canvas, alpha, peak)
+    cells = canvas_lib.cut(canvas, self.layout)
+    pictures = {x["cell"]: x["image"]() for x in person.records}
+    return Steps(plan, canvas, cells, alpha, reasons, pictures)
 
   def plan(self, pid: int) -> Plan:
     """Returns what the canvas of a person is drawn from."""
@@ -216,8 +246,8 @@ class Maker:
 
   def _judge(
     self, plan: Plan, canvas: np.ndarray, alpha: np.ndarray, peak: np.ndarray
-  ) -> identity.Identity:
-    """Cuts a canvas, and throws away what breaks a rule."""
+  ) -> tuple[identity.Identity, list[quality.Reason | None]]:
+    """Cuts a canvas, throws away what breaks a rule, and says which."""
     cells = canvas_lib.cut(canvas, self.layout)
     reasons = quality.judge(
       cells, alpha, peak=peak, skeletons=plan.figures, rules=self._rules
@@ -243,9 +273,10 @@ class Maker:
           "attributes": person.attributes,
         }
       )
-    return identity.Identity(
+    made = identity.Identity(
       records, dropped, prompt=plan.prompt, seed=plan.seed, canvas=canvas
     )
+    return made, reasons
 
   def _picture(
     self,
