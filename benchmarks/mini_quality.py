@@ -8,8 +8,8 @@ nobody's were (`new`). The same readers read what is generated and what is drawn
 for the same prompts: `drawn` is the best that a reader can say. Everything here
 is drawn or made by networks that saw drawings; nothing is said of photographs.
 
-Writes benchmarks/results/mini_quality-*.json; `python data_tools/mini_page.py`
-writes docs/mini.md from it.
+Writes benchmarks/results/mini_quality-*.json and docs/mini_canvases.png; then
+`python data_tools/mini_page.py` writes docs/mini.md from them.
 """
 
 import argparse
@@ -21,8 +21,10 @@ from typing import Any
 
 import common
 import numpy as np
+import PIL.Image
 
 from dppp_jax import allocator, logs
+from dppp_jax.data import images as images_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.evals import zeroshot
 from dppp_jax.geneperson import components, matting
@@ -36,6 +38,7 @@ _BATCH = 4
 _STEPS, _GUIDANCE = 20, 3.0  # Of configs/geneperson.py:mini.
 _TAUGHT = 5_000  # Drawn canvases that the histograms are learned from.
 _PLACES = 8  # Pictures of each light.
+_SHOWN = 6  # Canvases in each of two rows of docs/mini_canvases.png.
 
 
 class Stage:
@@ -202,6 +205,11 @@ def main() -> None:
     results.setdefault(
       "seconds_per_canvas", (time.perf_counter() - begin) / len(made)
     )
+    if split == "held_out":
+      shown = images_lib.contact_sheet(
+        [made[:_SHOWN], made[_SHOWN : 2 * _SHOWN]], max_height=192
+      )
+      PIL.Image.fromarray(shown).save(_ROOT / "docs/mini_canvases.png")
     found = reading(made, stage.mattes(readback.cut(made)))
     results[split] = {
       "generated": found,

@@ -30,6 +30,8 @@ def page() -> str:
   parts = [_HEAD]
   for path in sorted((cli.ROOT / "benchmarks" / "results").glob("*.json")):
     values = json.loads(path.read_text())
+    if values["benchmark"] == "mini_quality":
+      continue  # It has a page of its own.
     where = values["environment"]
     parts.append(f"\n## {values['benchmark']}, {where['device']}\n")
     packages = where["packages"]
