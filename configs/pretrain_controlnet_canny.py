@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.data = data = ml_collections.ConfigDict()
   data.kind = "canny"
-  data.num_canvases = 12_000
+  data.num_canvases = 6_000
   data.num_held_out = 64  # Of other people, for sheets and the card.
   data.seed = 0  # Of the drawn world.
   data.processes = 2
@@ -42,18 +42,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       name="windows",
       window=(48, 48),
       stride=(48, 24),
-      batch_size=32,
+      batch_size=16,
       epochs=1,
-      lr=1e-3,
+      lr=8e-4,
       warmup=0.03,
       final=0.3,
     ),
     dict(
       name="canvases",
       window=None,
-      batch_size=16,
+      batch_size=8,
       epochs=1,
-      lr=4e-4,
+      lr=3e-4,
       warmup=0.0,
       final=0.02,
     ),
