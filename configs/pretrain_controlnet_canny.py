@@ -9,6 +9,7 @@ Needs the mini SDXL (configs/pretrain_unet.py). Ends with the folder
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -34,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.weight_decay = 0.01
-  train.snr_gamma = 5.0
+  train.snr_gamma = config_dict.placeholder(float)  # As the UNet.
   train.drop = 0.1
   train.ema = 0.998
   train.phases = (

@@ -9,6 +9,7 @@ that says what each of them changes. `:smoke` takes seconds and learns nothing.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -41,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.weight_decay = 0.0
-  train.snr_gamma = 5.0
+  train.snr_gamma = config_dict.placeholder(float)  # As the UNet.
   train.drop = 0.1
   train.ema = None
   train.phases = (

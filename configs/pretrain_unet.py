@@ -10,6 +10,7 @@ samples over held-out canvases lie in `workdir/sheets`. On a GPU:
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 ASSETS = "dppp_jax/assets/mini"
 
@@ -72,7 +73,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   train.weight_decay = 0.01
-  train.snr_gamma = 5.0
+  # No min-SNR weights: with v-prediction they are the SNR where there is little
+  # of it, and it is there that colours and figures are decided.
+  train.snr_gamma = config_dict.placeholder(float)
   train.drop = 0.1
   train.zero_dropped = True
   train.ema = 0.998

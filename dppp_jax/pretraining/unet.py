@@ -174,7 +174,8 @@ def export(
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
   """Returns the model card; every number in it is measured."""
   data, settings = config["data"], config["train"]
-  sizes = metrics["parameters"]
+  sizes, gamma = metrics["parameters"], settings["snr_gamma"]
+  weights = f"min-SNR gamma {gamma}" if gamma else "all timesteps alike"
   return cards.text(
     "Mini SDXL of the paper-doll world",
     "An SDXL-type text-to-image system trained by `launch/pretrain.py --config"
@@ -187,8 +188,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
       f" world seed {data['seed']}",
       "Parameters": f"UNet {sizes['unet']:,}, second text encoder"
       f" {sizes['text_encoder_2']:,}, stored in float16",
-      "Objective": f"{config['scheduler']['prediction_type']}, min-SNR gamma"
-      f" {settings['snr_gamma']}, prompts dropped {settings['drop']:.0%}",
+      "Objective": f"{config['scheduler']['prediction_type']}, {weights},"
+      f" prompts dropped {settings['drop']:.0%}",
       "Training": f"{metrics['steps']:,} steps in {metrics['seconds']:,}"
       f" seconds, seed {settings['seed']}, averaged with decay"
       f" {settings['ema']}",
