@@ -9,7 +9,7 @@ for the same prompts: `drawn` is the best that a reader can say. Everything here
 is drawn or made by networks that saw drawings; nothing is said of photographs.
 
 Writes benchmarks/results/mini_quality-*.json and docs/mini_canvases.png; then
-`python data_tools/mini_page.py` writes docs/mini.md from them.
+`python benchmarks/mini_page.py` writes docs/mini.md from them.
 """
 
 import argparse

@@ -43,6 +43,9 @@ def main(args) -> int:
     **work.options,
   )
   print(outcome.summary())
+  if outcome.finished:
+    where = f"data_dir={args.data_dir!r}"
+    print(f"load it: tfds.load('geneperson', split='train', {where})")
   return outcome.exit_code
 
 

@@ -73,6 +73,7 @@ def data_dir(tmp_path_factory):
   )
   assert done.returncode == 0, done.stderr
   assert "finished, 3 people made in this run" in done.stdout
+  assert "load it: tfds.load('geneperson', split='train', data" in done.stdout
   return path
 
 

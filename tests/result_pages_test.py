@@ -6,8 +6,7 @@ import sys
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-for _folder in ("benchmarks", "data_tools"):
-  sys.path.insert(0, str(_ROOT / _folder))
+sys.path.insert(0, str(_ROOT / "benchmarks"))
 
 import common
 import mini_page

@@ -1,6 +1,6 @@
 """Writes docs/mini.md from benchmarks/results/mini_quality-*.json.
 
-python data_tools/mini_page.py [--check]
+python benchmarks/mini_page.py [--check]
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ such networks do on photographs. `make pretrain` trains them again.
 
 ![Canvases of prompts that no training has seen](mini_canvases.png)
 
-Written by `python data_tools/mini_page.py` from what `python
+Written by `python benchmarks/mini_page.py` from what `python
 benchmarks/mini_quality.py` measured.
 """
 _READ = """
@@ -139,7 +139,7 @@ def main(args) -> int:
   if args.check:
     if not target.exists() or target.read_text() != text:
       raise errors.UserError(
-        f"{target}: out of date: run python data_tools/mini_page.py"
+        f"{target}: out of date: run python benchmarks/mini_page.py"
       )
     return 0
   target.write_text(text)
