@@ -53,6 +53,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     attention_head_dim=(1, 1, 3, 5),
     addition_time_embed_dim=16,
   )
+  # A ControlNet that learns beside it: told where somebody stands, so small a
+  # UNet soon learns what they wear. None: the UNet alone.
+  model.control = dict(
+    kind="openpose", conditioning_embedding_out_channels=(16, 32)
+  )
   # Sizes that differ from the CLIP's text tower; none: it begins as its copy.
   model.text_encoder_2 = ml_collections.ConfigDict()
 
@@ -77,6 +82,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   # of it, and it is there that colours and figures are decided.
   train.snr_gamma = config_dict.placeholder(float)
   train.drop = 0.1
+  train.control_drop = 0.3
   train.zero_dropped = True
   train.ema = 0.998
   train.text_lr_factor = 0.3
@@ -88,7 +94,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       window=(48, 48),
       stride=(48, 24),
       batch_size=16,
-      epochs=6,
+      epochs=4,
       lr=1e-3,
       warmup=0.03,
       final=0.3,
@@ -120,6 +126,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       attention_head_dim=(1, 2),
       addition_time_embed_dim=4,
     )
+    model.control.conditioning_embedding_out_channels = (4, 8)
     train.phases = (dict(train.phases[0], batch_size=4, epochs=1),)
     train.log_every = train.checkpoint_every = 2
     train.sheet_every = 2

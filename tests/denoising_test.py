@@ -4,6 +4,7 @@ The system is one of ours, at random, written as a folder that diffusers reads:
 so the folder is tested with everything else.
 """
 
+import dataclasses
 from unittest import mock
 
 import diffusers
@@ -385,6 +386,30 @@ def test_fresh_controlnet_and_lora_change_nothing_and_learn(
     if "cond_embedding" in name:  # Behind two zero layers, so to speak.
       last = False
     assert (np.abs(grad).max() > 0) == last, name
+
+
+def test_a_controlnet_is_dropped_for_its_share(world, control):
+  system, begun = control
+  images = np.random.default_rng(1).integers(0, 256, (2, 32, 16, 3), np.uint8)
+  batch = _data(system, world[2], control=images)
+  loud = jax.tree.map(lambda x: x + 0.05, begun["controlnet"])
+
+  def value(net, share):
+    options = dataclasses.replace(LOSS, control_drop=share)
+    loss = denoising.make_loss(system, options)
+    of = lambda net: loss({**begun, "controlnet": net}, {}, batch, RNG)[0]
+    return float(twins.run(of, net))
+
+  silent = value(begun["controlnet"], 0.0)  # Its last layers are zero.
+  assert abs(value(loud, 0.0) - silent) > 1e-3
+  np.testing.assert_allclose(value(loud, 1.0), silent, rtol=1e-6)
+  # As the key falls, of both examples one is left alone.
+  key = rngs.stream(RNG, "control")
+  alone = [objective.dropped(key, 2, share=s).sum() for s in (0.3, 0.5, 0.7)]
+  share = dict(zip(map(int, alone), (0.3, 0.5, 0.7), strict=True)).get(1)
+  if share is not None:
+    mixed = value(loud, share)
+    assert min(abs(mixed - silent), abs(mixed - value(loud, 0.0))) > 1e-4
 
 
 @pytest.mark.parametrize(

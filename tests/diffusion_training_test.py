@@ -99,7 +99,22 @@ def test_unet_ends_as_a_pipeline_of_diffusers(root, sdxl):
   assert "all timesteps alike" in (sdxl / "README.md").read_text()
   sheets = sorted((root / "unet" / "sheets").iterdir())
   assert [path.name for path in sheets] == ["windows-000002.png"]
-  assert PIL.Image.open(sheets[0]).size == (2 * 144, 2 * 192)
+  # Drawn canvases, skeletons, and what is generated of them.
+  assert PIL.Image.open(sheets[0]).size == (2 * 144, 3 * 192)
+
+
+def test_controlnet_learns_beside_the_unet(root, sdxl):
+  folder = root / "unet" / "controlnet-openpose"
+  net = diffusers.ControlNetModel.from_pretrained(folder)
+  assert all(conv.weight.abs().max() > 0 for conv in net.controlnet_down_blocks)
+  assert "the UNet learns beside it" in (folder / "README.md").read_text()
+  ours = json.loads((folder / "metrics.json").read_text())
+  alone = json.loads((sdxl / "metrics.json").read_text())["held_out_mse"]
+  np.testing.assert_allclose(ours["held_out_mse_without"], alone, rtol=1e-6)
+  assert ours["held_out_mse"] != alone
+  # Its copy of the way down went its own way.
+  base = diffusers.UNet2DConditionModel.from_pretrained(sdxl / "unet")
+  assert not torch.equal(net.conv_in.weight, base.conv_in.weight)
 
 
 def test_controlnet_steers_by_skeletons(root, sdxl):

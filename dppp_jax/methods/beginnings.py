@@ -43,6 +43,19 @@ def unet_init(system: denoising.System, given: types.Params) -> stage_lib.Init:
   return init
 
 
+def joint_init(system: denoising.System, given: types.Params) -> stage_lib.Init:
+  """Returns the beginning of a UNet and of a ControlNet trained beside it."""
+
+  def init(params, collections, rng):
+    found, _ = unet_init(system, given)(params, collections, rng)
+    key = rngs.stream(rng, "controlnet")
+    net = from_unet(found["unet"], system.control, key)
+    # Both learn: no array may stand for a parameter of each.
+    return {**found, "controlnet": jax.tree.map(jnp.copy, net)}, {}
+
+  return init
+
+
 def controlnet_init(
   system: denoising.System, given: types.Params
 ) -> stage_lib.Init:

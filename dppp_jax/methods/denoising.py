@@ -63,6 +63,8 @@ class Options:
     dtype: of the matrix products.
     stack_from: see `models.unet`.
     remat: recompute layers in the backward pass to save memory.
+    control_drop: share of the examples that the ControlNet says nothing of,
+      for a UNet that is trained beside it and has to draw without it, too.
     lora_scale: factor of the product of a LoRA's factors, alpha / rank.
     window: (h, w) of the part of the latents that a step looks at, the same
       for all its examples, or None for all of them. SDXL is told where it
@@ -75,6 +77,7 @@ class Options:
   dtype: Any = "float32"
   stack_from: int = 0
   remat: bool = False
+  control_drop: float = 0.0
   lora_scale: float = 1.0
   window: tuple[int, int] | None = None
   window_stride: tuple[int, int] = (1, 1)
@@ -202,6 +205,13 @@ def make_loss(
         batch["control"].astype(jnp.float32) / 255,
         **conditions,
       )
+      if options.control_drop:
+        alone = objective.dropped(
+          key("control"), num, share=options.control_drop
+        )
+        residuals = jax.tree.map(
+          lambda x: jnp.where(alone[:, None, None, None], 0, x), residuals
+        )
     output = net.apply(
       {"params": weights},
       noisy,

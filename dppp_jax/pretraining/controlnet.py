@@ -1,6 +1,6 @@
 """Trains a ControlNet for a UNet that stays as it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
 import shutil
@@ -74,38 +74,85 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   )
   if not outcome.finished:
     return None
+  unseen = stack_lib.examples(stack, held_out, data, control=images[1])
+  return export(folder, stack, outcome.params, config, kind=kind, data=unseen)
+
+
+def export(
+  folder: pathlib.Path,
+  stack: stack_lib.Stack,
+  params: Mapping[str, Any],
+  config: Mapping[str, Any],
+  *,
+  kind: str,
+  data: Mapping[str, np.ndarray],
+) -> pathlib.Path:
+  """Writes and measures a ControlNet.
+
+  Args:
+    folder: of the run.
+    stack: of the training.
+    params: trained.
+    config: resolved.
+    kind: what it is steered by.
+    data: of `stack.examples`, of held-out canvases.
+
+  Returns:
+    The folder `controlnet-KIND` inside.
+  """
   target = folder / f"controlnet-{kind}"
   if target.exists():
     shutil.rmtree(target)  # Ours, and rebuilt from the checkpoint.
-  net = outcome.params["controlnet"]
+  net = params["controlnet"]
   diffusers_folder.save(target, stack.system.control, net, dtype="float16")
-  metrics = measure(stack, outcome.params, held_out, images[1], config)
-  sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
-  metrics |= {**cards.cost(folder, sizes), "parameters": trees.count(net)}
-  cards.write(target, card(config, metrics), config=config, metrics=metrics)
+  # A ControlNet of zeros is none.
+  states = [params, {**params, "controlnet": stack.params["controlnet"]}]
+  found = stack_lib.held_out_errors(stack, states, data, config)
+  phases = config["train"]["phases"]
+  metrics = {
+    "held_out_mse": found[0],
+    "held_out_mse_without": found[1],
+    "num_held_out": len(data["moments"]),
+    **cards.cost(
+      folder, {phase["name"]: phase["batch_size"] for phase in phases}
+    ),
+    "parameters": trees.count(net),
+  }
+  text = card(config, metrics, kind=kind)
+  cards.write(target, text, config=config, metrics=metrics)
   return target
 
 
 def begin(config: Mapping[str, Any]) -> stack_lib.Stack:
   """Reads the pipeline, and makes room for the ControlNet."""
-  found = from_pipeline(config)
-  system = found.system
-  control = beginnings.control_config(
-    system.unet, widths=config["model"]["conditioning_embedding_out_channels"]
-  )
-  if 2 ** (len(control.conditioning_embedding_out_channels) - 1) != (
-    system.vae.factor
-  ):
+  widths = config["model"]["conditioning_embedding_out_channels"]
+  return beside(from_pipeline(config), widths)
+
+
+def beside(stack: stack_lib.Stack, widths: Sequence[int]) -> stack_lib.Stack:
+  """Returns a stack with a ControlNet of zeros, which says nothing.
+
+  Args:
+    stack: without one.
+    widths: conditioning_embedding_out_channels.
+
+  Raises:
+    errors.UserError: pictures would not shrink to the size of latents.
+  """
+  system = stack.system
+  control = beginnings.control_config(system.unet, widths=widths)
+  if 2 ** (len(widths) - 1) != system.vae.factor:
     raise errors.UserError(
       "config model.conditioning_embedding_out_channels: pictures are"
       f" {system.vae.factor} times as large as latents, so it needs"
       f" {system.vae.factor.bit_length()} numbers"
     )
-  system = dataclasses.replace(system, control=control)
   # The sampler wants some; the watcher gives it those in training.
-  shapes = beginnings.controlnet_zeros(control)
+  zeros = beginnings.controlnet_zeros(control)
   return dataclasses.replace(
-    found, system=system, params={**found.params, "controlnet": shapes}
+    stack,
+    system=dataclasses.replace(system, control=control),
+    params={**stack.params, "controlnet": zeros},
   )
 
 
@@ -141,33 +188,17 @@ def control_images(
   return latents.pictures(draw, len(drawn), cache=data["cache"], label=label)
 
 
-def measure(
-  stack: stack_lib.Stack,
-  params: Mapping[str, Any],
-  held_out: canvas_corpus.Corpus,
-  control: np.ndarray,
-  config: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Returns the error on held-out canvases with and without the network."""
-  data = stack_lib.examples(stack, held_out, config["data"], control=control)
-  # A ControlNet of zeros is none.
-  states = [params, {**params, "controlnet": stack.params["controlnet"]}]
-  errors_of = stack_lib.held_out_errors(stack, states, data, config)
-  return {
-    "held_out_mse": errors_of[0],
-    "held_out_mse_without": errors_of[1],
-    "num_held_out": len(held_out),
-  }
-
-
-def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def card(
+  config: Mapping[str, Any], metrics: Mapping[str, Any], *, kind: str
+) -> str:
   """Returns the model card; every number in it is measured."""
   data, settings = config["data"], config["train"]
-  kind = data["kind"]
+  is_joint = config["method"] == "unet"
+  name = "unet" if is_joint else f"controlnet_{kind}"
   return cards.text(
     f"Mini ControlNet ({kind}) of the paper-doll world",
     "A ControlNet trained by `launch/pretrain.py --config"
-    f" configs/pretrain_controlnet_{kind}.py` for the mini SDXL beside it. It"
+    f" configs/pretrain_{name}.py` for the mini SDXL beside it. It"
     f" reads {_SAYS[kind]}. It loads in diffusers.",
     tags=("controlnet", "person-re-identification", "synthetic"),
     facts={
@@ -175,7 +206,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
       f" world seed {data['seed']}",
       "Parameters": f"{metrics['parameters']:,}, stored in float16",
       "Training": f"{metrics['steps']:,} steps in {metrics['seconds']:,}"
-      f" seconds, seed {settings['seed']}; the UNet is frozen",
+      f" seconds, seed {settings['seed']}; the UNet"
+      f" {'learns beside it' if is_joint else 'is frozen'}",
     },
     table={
       f"mean squared error ({metrics['num_held_out']} canvases)": (

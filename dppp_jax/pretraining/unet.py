@@ -12,7 +12,7 @@ from dppp_jax import rngs, trees
 from dppp_jax.diffusion import schedulers
 from dppp_jax.methods import beginnings, denoising
 from dppp_jax.models import clip, unet_config
-from dppp_jax.pretraining import cards
+from dppp_jax.pretraining import cards, controlnet
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
 from dppp_jax.weights import diffusers_folder, load, pipeline_folder
@@ -38,13 +38,27 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   data, settings = config["data"], config["train"]
   drawn = stack_lib.corpus(data, "train", data["num_canvases"])
   held_out = stack_lib.corpus(data, "held_out", data["num_held_out"])
-  given = stack.given
+  given, begin_at = stack.given, beginnings.unet_init
+  kind, images, more = "", (None, None), {}
+  if config["model"]["control"]:
+    kind, begin_at = config["model"]["control"]["kind"], beginnings.joint_init
+    more = {"control_drop": settings["control_drop"]}
+    images = [
+      controlnet.control_images(one, kind, data) for one in (drawn, held_out)
+    ]
+  examples = [
+    stack_lib.examples(stack, one, data, control=shown)
+    for one, shown in zip((drawn, held_out), images, strict=True)
+  ]
   stages = stack_lib.phases(
     stack,
     config,
-    init=beginnings.unet_init(stack.system, given),
-    rules=lambda rate: rules(rate, settings["text_lr_factor"]),
-    data=stack_lib.examples(stack, drawn, data),
+    init=begin_at(stack.system, given),
+    rules=lambda rate: rules(
+      rate, settings["text_lr_factor"], has_control=bool(kind)
+    ),
+    data=examples[0],
+    **more,
   )
   outcome = stack_lib.fit(
     stages,
@@ -57,6 +71,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
       folder / "sheets",
       settings["sheet"],
       dtype=jnp.dtype(config["dtype"]),
+      control=images[1],
     ),
   )
   if not outcome.finished:
@@ -66,8 +81,14 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     shutil.rmtree(target)  # Ours, and rebuilt from the checkpoint.
   export(target, stack, outcome.params, config, sides=drawn.images.shape[1:3])
   sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
-  unseen = stack_lib.examples(stack, held_out, data)
-  (error,) = stack_lib.held_out_errors(stack, [outcome.params], unseen, config)
+  if kind:
+    controlnet.export(
+      folder, stack, outcome.params, config, kind=kind, data=examples[1]
+    )
+  alone = {k: x for k, x in outcome.params.items() if k != "controlnet"}
+  if kind:  # Of zeros, it says nothing.
+    alone["controlnet"] = stack.params["controlnet"]
+  (error,) = stack_lib.held_out_errors(stack, [alone], examples[1], config)
   metrics = {
     "held_out_mse": error,
     "num_held_out": len(held_out),
@@ -106,7 +127,7 @@ def begin(config: Mapping[str, Any]) -> stack_lib.Stack:
     cross_attention_dim=text.hidden_size + second.hidden_size,
     projection_class_embeddings_input_dim=6 * width + second.projection_dim,
   )
-  return stack_lib.Stack(
+  stack = stack_lib.Stack(
     denoising.System(
       unet=net,
       texts=(text, second),
@@ -122,14 +143,20 @@ def begin(config: Mapping[str, Any]) -> stack_lib.Stack:
     },
     pathlib.Path(data["vae"]),
   )
+  if control := model["control"]:
+    return controlnet.beside(
+      stack, control["conditioning_embedding_out_channels"]
+    )
+  return stack
 
 
 def rules(
-  rate: float, text_factor: float
+  rate: float, text_factor: float, *, has_control: bool = False
 ) -> tuple[tuple[str, float | None], ...]:
   """Returns what is trained at which rate."""
   return (
     ("unet/.*", rate),
+    *([("controlnet/.*", rate)] if has_control else []),
     # The last block and the last norm of an SDXL encoder reach the UNet by
     # the pooled vector only, and so they do here.
     ("text_encoder_2/.*", rate * text_factor if text_factor else None),
