@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 # In order: later ones are trained on what earlier ones give.
-NETS ?= clip clip_cells vae u2netp unet controlnet_openpose controlnet_canny lora
+NETS ?= clip clip_cells vae u2netp unet controlnet_canny lora
 PIN := -c constraints.txt --disable-pip-version-check -q
 
 .PHONY: demo test lint bench pretrain setup setup-test clean

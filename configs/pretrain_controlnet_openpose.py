@@ -1,4 +1,6 @@
-"""The mini ControlNet (openpose) for the mini SDXL.
+"""A ControlNet (openpose) for a mini SDXL that was trained without.
+
+The shipped one learns beside its UNet, in configs/pretrain_unet.py.
 
   python launch/pretrain.py --config configs/pretrain_controlnet_openpose.py \
     --workdir runs/pretrain_controlnet_openpose
