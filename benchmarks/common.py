@@ -41,13 +41,12 @@ def environment() -> dict[str, Any]:
   `load` is the system's load average of the last minute: a number taken beside
   other work is not the machine's own.
   """
-  device = jax.devices()[0]
   return {
     "cpu": _cpu_name(),
-    "cpu_count": len(os.sched_getaffinity(0)),
+    "cpu_count": _cpu_count(),
     "memory_gib": _memory_gib(),
     "load": round(os.getloadavg()[0], 2),
-    "device": device.device_kind if device.platform != "cpu" else "cpu",
+    "device": _device(),
     "device_count": jax.device_count(),
     "system": platform.system(),
     "python": platform.python_version(),
@@ -100,9 +99,7 @@ def write(name: str, results: Mapping[str, Any]) -> pathlib.Path:
 
 def path(name: str) -> pathlib.Path:
   """Returns the file of a benchmark's results on this device."""
-  device = jax.devices()[0]
-  kind = device.device_kind if device.platform != "cpu" else "cpu"
-  slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+  slug = re.sub(r"[^a-z0-9]+", "-", _device().lower()).strip("-")
   return _RESULTS / f"{name}-{slug}.json"
 
 
@@ -126,10 +123,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a table of texts as Markdown."""
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
+
+
+def footnote(where: Mapping[str, Any]) -> str:
+  """Returns what a page says of the machine: one line of `environment`."""
+  return (
+    f"{where['cpu']}, {where['cpu_count']} cores, {where['device']}; Python"
+    f" {where['python']}, jax {where['packages']['jax']}; commit"
+    f" {where['commit']}, {where['date']}.\n"
+  )
+
+
 def _show(value: Any) -> str:
   if not isinstance(value, float):
     return str(value)
   return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _device() -> str:
+  device = jax.devices()[0]
+  return device.device_kind if device.platform != "cpu" else "cpu"
 
 
 def _cpu_name() -> str:

@@ -3,11 +3,12 @@
 python benchmarks/mini_page.py [--check]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import json
 from typing import Any
 
 from absl import flags
+import common
 
 from dppp_jax import cli, errors
 
@@ -67,6 +68,23 @@ def page(values: Mapping[str, Any]) -> str:
   """Returns the page as Markdown."""
   results, where = values["results"], values["environment"]
   parts = [_HEAD, _READ.format(**results)]
+  parts.append(common.markdown(*readings(results)))
+  light = results["luminance"]
+  parts.append("## Light\n\nMean luma (0 to 255) of generated places.\n")
+  rows = [[words, f"{x:.1f}"] for words, x in light["words"].items()]
+  parts.append(common.markdown(["asked for", "luma"], rows))
+  hours = ", ".join(f"{k} {x:.1f}" for k, x in light["hours"].items())
+  parts.append(f"Means by hour: {hours}.\n")
+  parts.append("## From the cards\n")
+  parts.append(common.markdown(["", ""], _cards(results["cards"])))
+  parts.append(common.footnote(where))
+  return "\n".join(parts)
+
+
+def readings(
+  results: Mapping[str, Any],
+) -> tuple[list[str], list[list[str]]]:
+  """Returns header and rows: what is read of generated and drawn canvases."""
   columns = [
     (s, k) for s in ("held_out", "new") for k in ("generated", "drawn")
   ]
@@ -77,22 +95,7 @@ def page(values: Mapping[str, Any]) -> str:
     cells = ["" if x is None else f"{x:.3f}" for x in found]
     rows.append([title, sign, *cells])
   header = ["", "bar (held out)", "held out", "drawn", "new", "drawn"]
-  parts.append(_table(header, rows))
-  light = results["luminance"]
-  parts.append("\n## Light\n\nMean luma (0 to 255) of generated places.\n")
-  rows = [[words, f"{x:.1f}"] for words, x in light["words"].items()]
-  parts.append(_table(["asked for", "luma"], rows))
-  hours = ", ".join(f"{k} {x:.1f}" for k, x in light["hours"].items())
-  parts.append(f"\nMeans by hour: {hours}.\n")
-  parts.append("\n## From the cards\n")
-  parts.append(_table(["", ""], _cards(results["cards"])))
-  packages = where["packages"]
-  parts.append(
-    f"\n{where['cpu']}, {where['cpu_count']} cores, {where['device']}; Python"
-    f" {where['python']}, jax {packages['jax']}; commit {where['commit']},"
-    f" {where['date']}.\n"
-  )
-  return "\n".join(parts)
+  return header, rows
 
 
 def _cards(cards: Mapping[str, Any]) -> list[list[str]]:
@@ -115,11 +118,6 @@ def _cards(cards: Mapping[str, Any]) -> list[list[str]]:
   return rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(row)} |" for row in lines)
-
-
 def _at(values: Any, path: str) -> Any:
   """Returns what lies at a path of keys, or None."""
   for key in path.split():
@@ -127,8 +125,8 @@ def _at(values: Any, path: str) -> Any:
   return values
 
 
-def main(args) -> int:
-  """Writes the page, or fails where it is out of date."""
+def write(*, check: bool) -> None:
+  """Writes the page, or with `check` fails where it is out of date."""
   source = cli.ROOT / "benchmarks/results/mini_quality-cpu.json"
   target = cli.ROOT / "docs" / "mini.md"
   if not source.is_file():
@@ -136,15 +134,12 @@ def main(args) -> int:
       f"{source}: is not there: run python benchmarks/mini_quality.py"
     )
   text = page(json.loads(source.read_text()))
-  if args.check:
-    if not target.exists() or target.read_text() != text:
-      raise errors.UserError(
-        f"{target}: out of date: run python benchmarks/mini_page.py"
-      )
-    return 0
-  target.write_text(text)
-  print(target)
-  return 0
+  cli.write_page(target, text, check=check, by="python benchmarks/mini_page.py")
+
+
+def main(args) -> None:
+  """Writes the page, or compares it."""
+  write(check=args.check)
 
 
 if __name__ == "__main__":

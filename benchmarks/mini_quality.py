@@ -8,34 +8,34 @@ nobody's were (`new`). The same readers read what is generated and what is drawn
 for the same prompts: `drawn` is the best that a reader can say. Everything here
 is drawn or made by networks that saw drawings; nothing is said of photographs.
 
-Writes benchmarks/results/mini_quality-*.json and docs/mini_canvases.png; then
-`python benchmarks/mini_page.py` writes docs/mini.md from them.
+Writes benchmarks/results/mini_quality-*.json, docs/mini_canvases.png and, by
+mini_page.py, docs/mini.md.
 """
 
 import argparse
 from collections.abc import Mapping
+import itertools
 import json
 import pathlib
 import time
 from typing import Any
 
 import common
+import mini_page
 import numpy as np
 import PIL.Image
 
-from dppp_jax import allocator, logs
+from dppp_jax import allocator, cli, logs
 from dppp_jax.data import images as images_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.evals import zeroshot
-from dppp_jax.geneperson import components, matting
+from dppp_jax.geneperson import components, matting, prompts
 from dppp_jax.paperdoll import canvas_corpus, canvases, lexicon
 from dppp_jax.paperdoll import lighting as lights
 from dppp_jax.pretraining import readback
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SEED = 11  # Of the drawn world; trainings have 0, their cards too.
 _BATCH = 4
-_STEPS, _GUIDANCE = 20, 3.0  # Of configs/geneperson.py:mini.
 _TAUGHT = 5_000  # Drawn canvases that the histograms are learned from.
 _PLACES = 8  # Pictures of each light.
 _SHOWN = 6  # Canvases in each of two rows of docs/mini_canvases.png.
@@ -47,16 +47,18 @@ class Stage:
   Args:
     assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/
       and clip/.
+    settings: "steps" and "guidance".
   """
 
-  def __init__(self, assets: pathlib.Path):
+  def __init__(self, assets: pathlib.Path, settings: Mapping[str, Any]):
+    self._settings = settings
     controls = [assets / f"controlnet-{kind}" for kind in ("openpose", "canny")]
     parts = components.load_components(assets / "sdxl", controlnets=controls)
     self._sampler = sampler_lib.Sampler(parts)
     self._mattes = matting.load(
       assets / "u2netp", size=canvases.LAYOUT.cell, batch_size=48
     )
-    self.encoder = readback.encoder(assets / "clip")
+    self.encoder = zeroshot.load(assets / "clip")
 
   def canvases(
     self, drawn: canvas_corpus.Corpus, *, pose: float = 1.0, grid: float = 1.0
@@ -71,7 +73,7 @@ class Stage:
     Returns:
       uint8 [N, H, W, 3].
     """
-    skeletons = np.stack([drawn.skeleton(i) for i in range(len(drawn))])
+    skeletons = np.stack(list(drawn.skeletons()))
     return self._draw(
       drawn.prompts, skeletons, canvases.grid_lines(), pose, grid
     )
@@ -100,8 +102,8 @@ class Stage:
         seeds=[_SEED * 100_000 + i for i in some],
         control_images=[skeletons[places], grid],
         control_scales=[pose, strength],
-        steps=_STEPS,
-        guidance=_GUIDANCE,
+        steps=self._settings["steps"],
+        guidance=self._settings["guidance"],
         size=canvases.LAYOUT.size,
       )
       parts.append(np.asarray(made))
@@ -144,16 +146,12 @@ def luminances(stage: Stage) -> dict[str, dict[str, float]]:
   found: dict[str, float] = {}
   for light in lights.LIGHTINGS:
     words = lexicon.said(light)
-    where = [
-      place
-      for place, kind in lexicon.PLACES.items()
-      if (kind == "indoor") == light.indoor
+    where = itertools.cycle(prompts.places(words, lexicon.vocabulary()))
+    asked = [
+      prompts.background(place, words, lexicon.BACKGROUND)
+      for place in itertools.islice(where, _PLACES)
     ]
-    prompts = [
-      lexicon.BACKGROUND.format(place=where[i % len(where)], lighting=words)
-      for i in range(_PLACES)
-    ]
-    found[words] = readback.luminance(stage.places(prompts))
+    found[words] = readback.luminance(stage.places(asked))
   hours = ("day", "dusk", "night")
   return {
     "words": found,
@@ -182,8 +180,10 @@ def main() -> None:
   parser.add_argument(
     "--num", type=int, default=64, help="canvases of each kind"
   )
-  parser.add_argument("--assets", default=str(_ROOT / "dppp_jax/assets/mini"))
-  parser.add_argument("--cache", default=str(_ROOT / "runs/canvases"))
+  parser.add_argument(
+    "--assets", default=str(cli.ROOT / "dppp_jax/assets/mini")
+  )
+  parser.add_argument("--cache", default=str(cli.ROOT / "runs/canvases"))
   args = parser.parse_args()
   allocator.keep_memory()
   assets = pathlib.Path(args.assets)
@@ -191,10 +191,10 @@ def main() -> None:
     num, with_scenes=False, cache=args.cache, **options
   )
   colours = readback.Colours(draw(_TAUGHT, seed=_SEED + 1))
-  stage = Stage(assets)
-  results: dict[str, Any] = {
-    "seed": _SEED, "num": args.num, "steps": _STEPS, "guidance": _GUIDANCE
-  }  # fmt: skip
+  sampler = cli.load_config("geneperson.py:mini").sampler
+  settings = {"steps": sampler.steps, "guidance": sampler.guidance}
+  stage = Stage(assets, settings)
+  results: dict[str, Any] = {"seed": _SEED, "num": args.num, **settings}
   for split in ("held_out", "new"):
     drawn = draw(args.num, seed=_SEED, split=split)
     reading = lambda images, mattes, drawn=drawn: read(
@@ -209,7 +209,7 @@ def main() -> None:
       shown = images_lib.contact_sheet(
         [made[:_SHOWN], made[_SHOWN : 2 * _SHOWN]], max_height=192
       )
-      PIL.Image.fromarray(shown).save(_ROOT / "docs/mini_canvases.png")
+      PIL.Image.fromarray(shown).save(cli.ROOT / "docs/mini_canvases.png")
     found = reading(made, stage.mattes(readback.cut(made)))
     results[split] = {
       "generated": found,
@@ -224,32 +224,9 @@ def main() -> None:
       )
   results["luminance"] = luminances(stage)
   results["cards"] = cards(assets)
-  print(text(results))
+  print(common.table(*mini_page.readings(results)))
   print(common.write("mini_quality", results))
-
-
-def text(results: Mapping[str, Any]) -> str:
-  """Returns the numbers of both splits as a table."""
-  columns = [
-    (s, k) for s in ("held_out", "new") for k in ("generated", "drawn")
-  ]
-  rows = []
-  cell = lambda path: [_at(results[s][k], path) for s, k in columns]
-  for name in readback.ATTRIBUTES:
-    rows.append([f"{name}, by CLIP", *cell(("zero_shot", name, "canvas"))])
-  for part in readback.COLOURED:
-    name = f"{part}_color"
-    rows.append([f"{name}, by histogram", *cell(("histogram", name))])
-  for name in ("identity_auc", "pose_iou", "spill"):
-    rows.append([name, *cell((name,))])
-  header = ["", *(f"{s} {k}" for s, k in columns)]
-  return common.table(header, rows)
-
-
-def _at(values, path):
-  for key in path:
-    values = values[key]
-  return values
+  mini_page.write(check=False)
 
 
 if __name__ == "__main__":

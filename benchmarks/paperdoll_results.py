@@ -17,20 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
-import shlex
-import statistics
-import subprocess
-import sys
 from typing import Any
 
 import common
 
+from dppp_jax import cli, demo
 from dppp_jax.data import benchmarks, shards
 from dppp_jax.evals import benchmark as benchmark_lib
 from dppp_jax.evals import domains, extractor, figures
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-_CLIP = _ROOT / "dppp_jax/assets/mini/clip"
 _PEOPLE, _VIEWS = 160, 6
 _NAMES = ("market1501", "dukemtmcreid")
 _NO_PSD = {"psd_epochs": 0}
@@ -38,34 +33,32 @@ _NO_PSD = {"psd_epochs": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A training of DPPP and the feature that is tested.
+  """A training of DPPP.
 
   Attributes:
     source: "generated", "rendered", or a benchmark whose train split it is.
     options: of `config.dppp`, beside those of configs/dppp.py:mini.
-    feature: "content" after PSD, "projected" after PTL.
   """
 
   source: str = "generated"
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  feature: str = "content"
+
+  @property
+  def feature(self) -> str:
+    """The feature that is tested: after PSD, or of the encoder alone."""
+    has_psd = self.options.get("psd_epochs") != 0
+    return "content" if has_psd else "projected"
 
 
 # By the names of their run folders; what stands in several tables is one run.
 RUNS = {
-  "a": Run(
-    options={"reid_weight": 0, "tri_txt_weight": 0, **_NO_PSD},
-    feature="projected",
-  ),
-  "b": Run(options={"tri_txt_weight": 0, **_NO_PSD}, feature="projected"),
-  "c": Run(options=_NO_PSD, feature="projected"),
+  "a": Run(options={"reid_weight": 0, "tri_txt_weight": 0, **_NO_PSD}),
+  "b": Run(options={"tri_txt_weight": 0, **_NO_PSD}),
+  "c": Run(options=_NO_PSD),
   "d": Run(options={"psd_sup_con_weight": 0}),
   "e": Run(),
-  "generic": Run(
-    options={"prompt": "generic", "tri_txt_weight": 0, **_NO_PSD},
-    feature="projected",
-  ),
-  "content": Run(options={"prompt": "content", **_NO_PSD}, feature="projected"),
+  "generic": Run(options={"prompt": "generic", "tri_txt_weight": 0, **_NO_PSD}),
+  "content": Run(options={"prompt": "content", **_NO_PSD}),
   **{f"k{k}": Run(options={"num_selected": k}) for k in (4, 8, 10, 12, 24)},
   "rendered": Run(source="rendered"),
   "market1501": Run(source="market1501"),
@@ -144,12 +137,12 @@ def prepare(root: pathlib.Path, seed: int) -> None:
   """Makes the people of a seed, and the benchmarks of all."""
   drawn = root / "benchmarks"
   if not drawn.exists():
-    _call("data_tools/paperdoll_benchmark.py", out=drawn, layout="both")
+    demo.call("data_tools/paperdoll_benchmark.py", out=drawn, layout="both")
   for preset, name in (("mini", "generated"), ("paperdoll", "rendered")):
     size = {"config.num_identities": _PEOPLE, "config.cap": _VIEWS}
     if preset == "paperdoll":
       size["config.cells"] = _VIEWS
-    _call(
+    demo.call(
       "launch/generate.py",
       f"--config=configs/geneperson.py:{preset}",
       data_dir=root / f"seed{seed}" / name,
@@ -167,7 +160,7 @@ def train(root: pathlib.Path, seed: int, name: str) -> pathlib.Path:
     flags["config.data.dataset"] = run.source
   for key, value in run.options.items():
     flags[f"config.dppp.{key}"] = value
-  _call(
+  demo.call(
     "launch/train.py",
     "--config=configs/dppp.py:mini",
     data_dir=places.get(run.source, root / "benchmarks"),
@@ -183,7 +176,7 @@ def score(root: pathlib.Path, seed: int, name: str) -> dict[str, Any]:
   if kept.exists():
     return json.loads(kept.read_text())
   if name == FROZEN:
-    model = extractor.load_extractor(_CLIP, image_size=(96, 48))
+    model = extractor.load_extractor(demo.MINI_CLIP, image_size=(96, 48))
   else:
     folder = train(root, seed, name)
     model = extractor.load_extractor(folder, feature=RUNS[name].feature)
@@ -218,23 +211,19 @@ def page(results: Mapping[str, Any]) -> str:
       [words, *_cells(name, scores[name]), "" if paper is None else str(paper)]
       for words, name, paper in rows
     ]
-    parts.append(_table(header, lines))
+    parts.append(common.markdown(header, lines))
   parts.append("## Does it hold here as in the paper?\n")
   lines = [
     [words, *_verdict(scores[better], scores[worse])]
     for words, better, worse in CLAIMS
   ]
-  parts.append(_table(["", "Market Rank-1", "Duke Rank-1", ""], lines))
+  parts.append(common.markdown(["", "Market Rank-1", "Duke Rank-1", ""], lines))
   parts.append(
     "## Distances between the domains (Fig. 6)\n\n![Distances of street and"
     " generated people before and after](paperdoll_distances.png)\n"
   )
   parts.append(_LIMITS)
-  packages = where["packages"]
-  parts.append(
-    f"{where['cpu']}, {where['cpu_count']} cores; Python {where['python']}, jax"
-    f" {packages['jax']}; commit {where['commit']}, {where['date']}.\n"
-  )
+  parts.append(common.footnote(where))
   return "\n".join(parts)
 
 
@@ -251,7 +240,7 @@ def differences(
 def _verdict(better, worse) -> list[str]:
   """Says in which seeds the one is better than the other."""
   both = [differences(better, worse, title) for title in _NAMES]
-  cells = [f"{statistics.mean(each):+.1f}{_spread(each)}" for each in both]
+  cells = [demo.mean_and_spread(each, sign="+") for each in both]
   wins = sum(x > 0 for each in both for x in each)
   losses = sum(x < 0 for each in both for x in each)
   total = sum(map(len, both))
@@ -267,24 +256,15 @@ def _cells(name: str, seeds: Sequence[Mapping]) -> Iterator[str]:
     for key in ("rank1", "mAP"):
       values = [100 * one[title][key] for one in seeds]
       own = name == title  # Trained on this benchmark: no transfer.
-      yield (
-        "(own)" if own else f"{statistics.mean(values):.1f}{_spread(values)}"
-      )
-
-
-def _spread(values: Sequence[float]) -> str:
-  return f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
+      yield "(own)" if own else demo.mean_and_spread(values)
 
 
 def _draw_distances(root: pathlib.Path, path: pathlib.Path) -> None:
   """Draws Fig. 6: the frozen CLIP and DPPP on the same pairs, seed 0."""
   models = {
-    "frozen mini CLIP": extractor.load_extractor(_CLIP, image_size=(96, 48)),
+    "frozen mini CLIP": extractor.load_extractor(
+      demo.MINI_CLIP, image_size=(96, 48)
+    ),
     "PTL + PSD": extractor.load_extractor(root / "seed0" / "run_e"),
   }
   data = benchmarks.load(_NAMES[0], root / "benchmarks", allow_partial=True)
@@ -293,27 +273,19 @@ def _draw_distances(root: pathlib.Path, path: pathlib.Path) -> None:
   path.write_bytes(figures.png(figures.distance_distributions(found)))
 
 
-def _call(script: str, *words: str, **flags: Any) -> None:
-  """Prints a command and runs it in the project's root."""
-  words += tuple(f"--{name}={value}" for name, value in flags.items())
-  print(f"$ {shlex.join(['python', script, *words])}", flush=True)
-  subprocess.run([sys.executable, script, *words], cwd=_ROOT, check=True)
-
-
 def main() -> None:
   """Trains what is missing, then writes the page."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--seeds", type=int, default=3)
-  parser.add_argument("--workdir", default=str(_ROOT / "runs/results"))
+  parser.add_argument("--workdir", default=str(cli.ROOT / "runs/results"))
   args = parser.parse_args()
   root = pathlib.Path(args.workdir).absolute()
   for seed in range(args.seeds):
     prepare(root, seed)
-  scores = {
-    name: [score(root, seed, name) for seed in range(args.seeds)]
-    for name in (FROZEN, *RUNS)
-  }
-  docs = _ROOT / "docs"
+  scores = {FROZEN: [score(root, 0, FROZEN)] * args.seeds}  # Sees no seed.
+  for name in RUNS:
+    scores[name] = [score(root, seed, name) for seed in range(args.seeds)]
+  docs = cli.ROOT / "docs"
   _draw_distances(root, docs / "paperdoll_distances.png")
   results = {
     "people": _PEOPLE,

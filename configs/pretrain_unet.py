@@ -1,12 +1,13 @@
-"""The mini SDXL: a UNet and a second text encoder on drawn studio canvases.
+"""The mini SDXL, and the ControlNet of skeletons that learns beside its UNet.
 
   python launch/pretrain.py --config configs/pretrain_unet.py \
     --workdir runs/pretrain_unet
 
 Needs the mini VAE (configs/pretrain_vae.py) and the mini CLIP. Ends with the
-folder `workdir/sdxl`, which diffusers loads as StableDiffusionXLPipeline;
-samples over held-out canvases lie in `workdir/sheets`. On a GPU:
-`--config.dtype=bfloat16`. `:smoke` takes seconds and learns nothing.
+folders `workdir/sdxl`, which diffusers loads as StableDiffusionXLPipeline, and
+`workdir/controlnet-openpose`; samples over held-out drawn canvases lie in
+`workdir/sheets`. On a GPU: `--config.dtype=bfloat16`. `:smoke` takes seconds
+and learns nothing.
 """
 
 import ml_collections

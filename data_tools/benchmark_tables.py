@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from dppp_jax import cli, errors
+from dppp_jax import cli
 
 _HEAD = """# Benchmarks
 
@@ -64,15 +64,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
 
 def main(args) -> int:
   """Writes the page, or fails where it is out of date."""
-  target = cli.ROOT / "docs" / "benchmarks.md"
-  text = page()
-  if args.check:
-    if not target.exists() or target.read_text() != text:
-      again = "python data_tools/benchmark_tables.py"
-      raise errors.UserError(f"{target}: out of date: run {again}")
-    return 0
-  target.write_text(text)
-  print(target)
+  cli.write_page(
+    cli.ROOT / "docs" / "benchmarks.md",
+    page(),
+    check=args.check,
+    by="python data_tools/benchmark_tables.py",
+  )
   return 0
 
 

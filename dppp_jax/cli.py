@@ -81,6 +81,25 @@ def _main(main: Callable[[flags.FlagValues], int | None]) -> int | None:
   return main(flags.FLAGS)
 
 
+def write_page(path: pathlib.Path, text: str, *, check: bool, by: str) -> None:
+  """Writes a generated page and prints its path.
+
+  Args:
+    path: of the page.
+    text: of the page.
+    check: leave the file alone, and only compare.
+    by: the command that writes it.
+
+  Raises:
+    errors.UserError: `check`, and the file does not hold this text.
+  """
+  if not check:
+    path.write_text(text)
+    print(path)
+  elif not path.exists() or path.read_text() != text:
+    raise errors.UserError(f"{path}: out of date: run {by}")
+
+
 def load_config(spec: str) -> ml_collections.ConfigDict:
   """Loads "path.py[:preset]" by calling its get_config([preset]).
 

@@ -62,20 +62,20 @@ def main(
   logging.set_verbosity(logging.ERROR)
   drawn = folder / "benchmarks"
   if not drawn.exists():
-    _call("data_tools/paperdoll_benchmark.py", out=drawn, layout="both")
+    call("data_tools/paperdoll_benchmark.py", out=drawn, layout="both")
   scores, first = [], None
   for seed in range(num_seeds):
     here = folder / f"seed{seed}"
     asked = {"config.seed": seed}
     if preset == "mini":
       asked["config.num_identities"] = _GENERATED
-    _call(
+    call(
       "launch/generate.py",
       f"--config=configs/geneperson.py:{preset}",
       data_dir=here / "data",
       **asked,
     )
-    _call(
+    call(
       "launch/train.py",
       "--config=configs/dppp.py:mini",
       data_dir=here / "data",
@@ -135,10 +135,15 @@ def table(
     for name in _BENCHMARKS:
       for key in ("rank1", "mAP"):
         values = [100 * each[model][name][key] for each in scores]
-        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        row.append(f"{np.mean(values):.1f}{spread}")
+        row.append(mean_and_spread(values))
     rows.append(row)
   return header, rows
+
+
+def mean_and_spread(values: Sequence[float], *, sign: str = "") -> str:
+  """Returns "mean ± standard deviation"; of one value no deviation."""
+  spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+  return f"{np.mean(values):{sign}.1f}{spread}"
 
 
 def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -188,7 +193,11 @@ def _people(data_dir: pathlib.Path, preset: str) -> list[report.Section]:
       f" invented people; of {told['cells']:,} cells"
       f" {told['cells'] - told['images']:,} were thrown away."
     )
-    + report.table(["why", "cells"], list(told["dropped"].items())),
+    + (
+      report.table(["why", "cells"], list(told["dropped"].items()))
+      if told["dropped"]
+      else ""
+    ),
   )
   if preset != "mini":
     return [first]
@@ -289,8 +298,17 @@ def _curves(workdir: pathlib.Path) -> bytes:
   return figures.png(figure)
 
 
-def _call(script: str, *words: str, **flags: Any) -> None:
-  """Prints a command and runs it in the project's root."""
+def call(script: str, *words: str, **flags: Any) -> None:
+  """Prints a command and runs it in the project's root.
+
+  Args:
+    script: e.g. "launch/train.py".
+    *words: of the command line.
+    **flags: `--name=value` each.
+
+  Raises:
+    errors.UserError: the command failed; its own message stands above.
+  """
   words += tuple(f"--{name}={value}" for name, value in flags.items())
   shown = shlex.join(["python", script, *words])
   print(f"$ {shown}", flush=True)
@@ -299,6 +317,6 @@ def _call(script: str, *words: str, **flags: Any) -> None:
   )
   if done.returncode:
     raise errors.UserError(
-      f"demo: the command above ended with {done.returncode}; mend it and run"
-      " the demo again, it goes on from there"
+      f"the command above ended with {done.returncode}; mend it and run"
+      " this again, it goes on from there"
     )

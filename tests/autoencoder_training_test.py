@@ -13,7 +13,7 @@ import torch
 from dppp_jax import checkpoints, cli, errors, trees
 from dppp_jax.models import vae
 from dppp_jax.paperdoll import canvas_corpus
-from dppp_jax.pretraining import autoencoder, methods
+from dppp_jax.pretraining import autoencoder, corpora, methods
 from dppp_jax.weights import diffusers_folder
 from tests import training_test
 
@@ -140,7 +140,7 @@ def test_run_ends_with_a_folder_that_diffusers_reads(trained):
 def test_latents_have_the_spread_that_the_factor_says(trained):
   workdir, config = trained
   net_config, params = diffusers_folder.vae(workdir / "vae")
-  corpus = autoencoder.draw(config["data"], "train", 8)
+  corpus = corpora.draw(config["data"], "train", 8)
   images = corpus.images.astype(np.float32) / 127.5 - 1
   mean = vae.VAE(net_config).apply({"params": params}, images, method="encode")
   latents = vae.normalize(mean.mean, net_config)
@@ -154,7 +154,7 @@ def test_card_and_sheets_say_what_was_measured(trained):
   assert text == autoencoder.card(config, metrics)
   assert f"{metrics['psnr_people']:.2f} dB" in text and "drawn" in text
   assert metrics["steps"] == 4 and metrics["num_canvases"] == 8
-  corpus = autoencoder.draw(config["data"], "held_out", 8)
+  corpus = corpora.draw(config["data"], "held_out", 8)
   made = autoencoder.reconstruct(
     *diffusers_folder.vae(workdir / "vae"), corpus.images
   )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dppp_jax import cli
+from dppp_jax.evals import zeroshot
 from dppp_jax.paperdoll import canvas_corpus, canvases, wardrobe
 from dppp_jax.pretraining import readback
 
@@ -99,7 +100,7 @@ def test_regions_follow_the_kind_of_clothes():
 
 
 def test_a_clip_reads_cells_and_whole_canvases(drawn):
-  encoder = readback.encoder(_CLIP)
+  encoder = zeroshot.load(_CLIP)
   cells = readback.cut(drawn.images[:6])
   wanted = [record["attributes"] for record in drawn.records[:6]]
   got = readback.attributes(encoder, cells, wanted, ["upper_color"])
@@ -118,7 +119,7 @@ def test_a_clip_reads_cells_and_whole_canvases(drawn):
 
 
 def test_drawn_cells_of_a_person_are_alike(drawn):
-  encoder = readback.encoder(_CLIP)
+  encoder = zeroshot.load(_CLIP)
   features = readback.features_of(encoder, readback.cut(drawn.images))
   assert readback.identity_auc(features) > 0.99
   shuffled = features.transpose(1, 0, 2)[: canvases.LAYOUT.num_cells]

@@ -1,13 +1,16 @@
 """Zero-shot classification and image-text retrieval with a CLIP."""
 
 from collections.abc import Mapping, Sequence
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax.data import transforms
+from dppp_jax.evals import spec
 from dppp_jax.models import clip
+from dppp_jax.weights import load as weights
 
 
 class Encoder:
@@ -55,6 +58,34 @@ class Encoder:
     return _in_batches(
       lambda x: self._encode_texts(self._params, x), ids, batch_size
     )
+
+  def classes(
+    self, wordings: Mapping[str, Sequence[str]]
+  ) -> dict[str, np.ndarray]:
+    """Returns class vectors, float32 [E] of norm 1: means over sentences.
+
+    Args:
+      wordings: class -> the sentences that say so.
+    """
+    means = {name: self.texts(v).mean(axis=0) for name, v in wordings.items()}
+    return {name: x / np.linalg.norm(x) for name, x in means.items()}
+
+
+def load(folder: pathlib.Path) -> Encoder:
+  """Reads a CLIP folder, its tokenizer, and how its pictures are normalised.
+
+  Raises:
+    errors.UserError: see `weights.load.clip`.
+  """
+  config, params = weights.clip(folder)
+  pictures = spec.of_clip(folder, config.vision)
+  return Encoder(
+    config,
+    params,
+    weights.tokenizer(folder),
+    mean=pictures.mean,
+    std=pictures.std,
+  )
 
 
 def classify(

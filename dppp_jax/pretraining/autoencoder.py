@@ -30,7 +30,7 @@ from dppp_jax.data import images as images_lib
 from dppp_jax.data import source as source_lib
 from dppp_jax.models import vae
 from dppp_jax.paperdoll import canvas_corpus
-from dppp_jax.pretraining import cards
+from dppp_jax.pretraining import cards, corpora
 from dppp_jax.train import loop, run
 from dppp_jax.train import stage as stage_lib
 from dppp_jax.weights import diffusers_folder
@@ -74,8 +74,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   """
   folder = run.prepare(workdir, config)
   data, settings = config["data"], config["train"]
-  corpus = draw(data, "train", data["num_canvases"])
-  held_out = draw(data, "held_out", data["num_held_out"])
+  corpus = corpora.draw(data, "train", data["num_canvases"])
+  held_out = corpora.draw(data, "held_out", data["num_held_out"])
   net_config = make_config(config["model"])
   dtype = jnp.dtype(config["dtype"])
   outcome = loop.fit(
@@ -123,10 +123,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   if target.exists():
     shutil.rmtree(target)  # Ours, and rebuilt from the checkpoint.
   diffusers_folder.save(target, net_config, outcome.params, dtype="float16")
-  sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
   metrics = {
     **measure(target, held_out),
-    **cards.cost(folder, sizes),
+    **cards.cost(folder, settings["phases"]),
     "parameters": trees.count(outcome.params),
   }
   cards.write(target, card(config, metrics), config=config, metrics=metrics)
@@ -301,17 +300,6 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
       for key in named
       if f"psnr_{key}" in metrics
     },
-  )
-
-
-def draw(data: Mapping[str, Any], split: str, num: int) -> canvas_corpus.Corpus:
-  """Returns the canvases that a configuration's `data` asks for."""
-  return canvas_corpus.draw(
-    num,
-    seed=data["seed"],
-    split=split,
-    processes=data["processes"],
-    cache=data["cache"],
   )
 
 

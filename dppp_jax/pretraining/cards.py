@@ -1,6 +1,6 @@
 """What stands beside a trained network: its card, its numbers, its config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import pathlib
 from typing import Any
 
@@ -63,16 +63,19 @@ def text(
   return "\n".join(lines) + "\n"
 
 
-def cost(workdir: pathlib.Path, batch_sizes: Mapping[str, int]) -> dict:
+def cost(
+  workdir: pathlib.Path, phases: Iterable[Mapping[str, Any]]
+) -> dict[str, int]:
   """Returns what a training took, from its log.
 
   Args:
     workdir: run folder.
-    batch_sizes: pictures of a step, by the name of the stage.
+    phases: of the training, each with "name" and "batch_size".
 
   Returns:
     {"steps": of all stages, "seconds": spent in them, without compilation}.
   """
+  batch_sizes = {phase["name"]: phase["batch_size"] for phase in phases}
   seconds, done, last = 0.0, 0, 0
   for line in logs.read(workdir / "metrics.jsonl"):
     last = max(last, line["step"])

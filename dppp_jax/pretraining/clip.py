@@ -15,8 +15,9 @@ from dppp_jax.evals import zeroshot
 from dppp_jax.geneperson import canvas
 from dppp_jax.methods import clip_pretrain
 from dppp_jax.models import clip
-from dppp_jax.paperdoll import canvas_corpus, canvases, wardrobe
+from dppp_jax.paperdoll import canvases, wardrobe
 from dppp_jax.paperdoll import corpus as corpus_lib
+from dppp_jax.pretraining import corpora, readback
 from dppp_jax.train import loop, run
 from dppp_jax.weights import export, load
 from dppp_jax.weights import tokenizer as tokenizer_lib
@@ -153,14 +154,7 @@ def measure(
     "text_to_image_R@1" of the full captions among all its pictures; "canvases"
     of their cells, where it was trained on some.
   """
-  clip_config, params = load.clip(folder)
-  encoder = zeroshot.Encoder(
-    clip_config,
-    params,
-    load.tokenizer(folder),
-    mean=config["augment"]["mean"],
-    std=config["augment"]["std"],
-  )
+  encoder = zeroshot.load(folder)
   data, found = config["data"], {}
   corpora = {
     "studio": _draw(data, "held_out", data["num_held_out"], cache),
@@ -173,7 +167,11 @@ def measure(
     found[name] = {
       "num_images": len(images),
       "zero_shot": {
-        attribute: _accuracy(encoder, images, corpus.attributes, attribute)
+        attribute: zeroshot.classify(
+          images,
+          readback.classes(encoder, attribute),
+          [person[attribute] for person in corpus.attributes],
+        )
         for attribute in _REPORTED
       },
     }
@@ -183,7 +181,7 @@ def measure(
       found[name]["image_to_text_R@1"], found[name]["text_to_image_R@1"] = (
         recall
       )
-  return {**found, "parameters": trees.count(params)}
+  return {**found, "parameters": trees.count(load.clip(folder)[1])}
 
 
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -224,9 +222,9 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     "|---" * (2 + len(domains)) + "|",
   ]
   for name in _REPORTED:
-    cells = [f"{metrics[d]['zero_shot'][name]:.1%}" for d in domains]
+    shares = [f"{metrics[d]['zero_shot'][name]:.1%}" for d in domains]
     count = len(wardrobe.VALUES[name])
-    lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    lines.append(f"| {name} | {count} | {' | '.join(shares)} |")
   for key in ("image_to_text_R@1", "text_to_image_R@1"):
     rest = " |" * len(domains)
     lines.append(f"| {key} | | {metrics['studio'][key]:.1%}{rest}")
@@ -274,13 +272,7 @@ def _training(data, cache) -> corpus_lib.Corpus:
 
 def _cells(data, split, num) -> corpus_lib.Corpus:
   """Cuts every second cell, in turns, of canvases of people."""
-  drawn = canvas_corpus.draw(
-    num,
-    seed=data["seed"],
-    split=split,
-    processes=data["processes"],
-    cache=data["cache"],
-  )
+  drawn = corpora.draw(data, split, num)
   images, records = [], []
   for i in np.flatnonzero(~drawn.is_scene):
     cells = canvas.cut(drawn.images[i], canvases.LAYOUT)[i % 2 :: 2]
@@ -302,11 +294,3 @@ def _draw(data, domain, num, cache) -> corpus_lib.Corpus:
     processes=data["processes"],
     cache=cache,
   )
-
-
-def _accuracy(encoder, images, attributes, name) -> float:
-  prompts = {}
-  for value in wardrobe.VALUES[name]:
-    mean = encoder.texts(wardrobe.phrases(name, value)).mean(axis=0)
-    prompts[value] = mean / np.linalg.norm(mean)
-  return zeroshot.classify(images, prompts, [a[name] for a in attributes])

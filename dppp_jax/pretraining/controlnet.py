@@ -13,7 +13,7 @@ from dppp_jax import errors, trees
 from dppp_jax.geneperson import canvas, components
 from dppp_jax.methods import beginnings, denoising
 from dppp_jax.paperdoll import canvas_corpus
-from dppp_jax.pretraining import cards, latents
+from dppp_jax.pretraining import cards, corpora, latents
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
 from dppp_jax.weights import diffusers_folder
@@ -48,8 +48,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     )
   stack = begin(config)
   folder = run.prepare(workdir, config)
-  drawn = stack_lib.corpus(data, "train", data["num_canvases"])
-  held_out = stack_lib.corpus(data, "held_out", data["num_held_out"])
+  drawn = corpora.draw(data, "train", data["num_canvases"])
+  held_out = corpora.draw(data, "held_out", data["num_held_out"])
   images = [control_images(one, kind, data) for one in (drawn, held_out)]
   stages = stack_lib.phases(
     stack,
@@ -108,14 +108,11 @@ def export(
   # A ControlNet of zeros is none.
   states = [params, {**params, "controlnet": stack.params["controlnet"]}]
   found = stack_lib.held_out_errors(stack, states, data, config)
-  phases = config["train"]["phases"]
   metrics = {
     "held_out_mse": found[0],
     "held_out_mse_without": found[1],
     "num_held_out": len(data["moments"]),
-    **cards.cost(
-      folder, {phase["name"]: phase["batch_size"] for phase in phases}
-    ),
+    **cards.cost(folder, config["train"]["phases"]),
     "parameters": trees.count(net),
   }
   text = card(config, metrics, kind=kind)
@@ -184,7 +181,7 @@ def control_images(
       return canvas.line_map(np.asarray(drawn.images[i]))
     return drawn.lines(i)
 
-  label = f"{kind} {stack_lib.name(drawn)}"
+  label = f"{kind} {corpora.name(drawn)}"
   return latents.pictures(draw, len(drawn), cache=data["cache"], label=label)
 
 

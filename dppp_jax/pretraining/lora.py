@@ -19,7 +19,7 @@ import numpy as np
 from dppp_jax import errors, trees, types
 from dppp_jax.methods import adapters, beginnings
 from dppp_jax.paperdoll import canvas_corpus, lexicon
-from dppp_jax.pretraining import cards, controlnet, latents
+from dppp_jax.pretraining import cards, controlnet, corpora, latents
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
 from dppp_jax.weights import diffusion_rules, lora_write
@@ -66,8 +66,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
 
 def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
   data, model, settings = config["data"], config["model"], config["train"]
-  drawn = stack_lib.corpus(data, "train", data["num_canvases"])
-  held_out = stack_lib.corpus(data, "held_out", data["num_held_out"])
+  drawn = corpora.draw(data, "train", data["num_canvases"])
+  held_out = corpora.draw(data, "held_out", data["num_held_out"])
   scale = model["alpha"] / model["rank"]
   of = lambda corpus: stack_lib.examples(
     stack,
@@ -110,7 +110,6 @@ def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
     dtype="float16",
     metadata={"ss_network_dim": str(model["rank"])},
   )
-  sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
   # Factors of zeros are none.
   none = jax.tree.map(np.zeros_like, outcome.params["lora"])
   states = [outcome.params, {**outcome.params, "lora": none}]
@@ -121,7 +120,7 @@ def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
     **measure(kind, stack, merged(outcome.params), held_out, config),
     "held_out_mse": errors_of[0],
     "held_out_mse_without": errors_of[1],
-    **cards.cost(folder, sizes),
+    **cards.cost(folder, settings["phases"]),
     "parameters": trees.count(outcome.params["lora"]),
   }
 

@@ -27,7 +27,7 @@ from dppp_jax.geneperson import canvas
 from dppp_jax.geneperson import matting as matting_lib
 from dppp_jax.models import u2net
 from dppp_jax.paperdoll import canvas_corpus, canvases
-from dppp_jax.pretraining import autoencoder, cards
+from dppp_jax.pretraining import autoencoder, cards, corpora
 from dppp_jax.train import loop, run
 from dppp_jax.train import stage as stage_lib
 from dppp_jax.weights import diffusers_folder
@@ -53,8 +53,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   """
   folder = run.prepare(workdir, config)
   data, settings = config["data"], config["train"]
-  corpus = autoencoder.draw(data, "train", data["num_canvases"])
-  held_out = autoencoder.draw(data, "held_out", data["num_held_out"])
+  corpus = corpora.draw(data, "train", data["num_canvases"])
+  held_out = corpora.draw(data, "held_out", data["num_held_out"])
   images, mattes = cells(corpus, vae=data["vae"])
   net_config = make_config(config["model"])
   outcome = loop.fit(
@@ -99,7 +99,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   )
   metrics = {
     **measure(target, held_out, vae=data["vae"]),
-    **cards.cost(folder, {"matting": settings["batch_size"]}),
+    **cards.cost(folder, [{**settings, "name": "matting"}]),
     "parameters": trees.count(outcome.params),
   }
   cards.write(target, card(config, metrics), config=config, metrics=metrics)

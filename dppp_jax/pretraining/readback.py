@@ -13,8 +13,6 @@ construction.
 
 from collections.abc import Mapping, Sequence
 import itertools
-import pathlib
-from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +20,6 @@ import numpy as np
 from dppp_jax.evals import zeroshot
 from dppp_jax.geneperson import canvas, poses
 from dppp_jax.paperdoll import canvas_corpus, canvases, wardrobe
-from dppp_jax.weights import load
 
 # What a prompt says and a CLIP is asked.
 ATTRIBUTES = (
@@ -55,10 +52,11 @@ def attributes(
     the canvases, whose cells' features are averaged.
   """
   features = features_of(encoder, cells)
-  means = _unit(features.mean(axis=1))
+  means = features.mean(axis=1)
+  means /= np.linalg.norm(means, axis=-1, keepdims=True)
   found = {}
   for name in names:
-    table = _table(encoder, name)
+    table = classes(encoder, name)
     truth = [person[name] for person in wanted]
     flat = features.reshape(-1, features.shape[-1])
     found[name] = {
@@ -68,12 +66,11 @@ def attributes(
   return found
 
 
-def encoder(folder: str | pathlib.Path) -> zeroshot.Encoder:
-  """Loads a CLIP folder of the paper-doll world."""
-  config, params = load.clip(folder)
-  tokenizer = load.tokenizer(folder)
-  half = (0.5,) * 3
-  return zeroshot.Encoder(config, params, tokenizer, mean=half, std=half)
+def classes(encoder: zeroshot.Encoder, name: str) -> dict[str, np.ndarray]:
+  """Returns the class vectors of an attribute of the wardrobe."""
+  return encoder.classes(
+    {value: wardrobe.phrases(name, value) for value in wardrobe.VALUES[name]}
+  )
 
 
 def features_of(encoder: zeroshot.Encoder, cells: np.ndarray) -> np.ndarray:
@@ -255,15 +252,3 @@ def _region(part, points, shape, words) -> np.ndarray:
     for one, other in itertools.pairwise(stops):
       cv2.line(mask, pixel(along(one)), pixel(along(other)), 255, thickness=3)
   return mask
-
-
-def _table(encoder: zeroshot.Encoder, name: str) -> dict[str, np.ndarray]:
-  """Returns the class vectors of an attribute: means over their sentences."""
-  return {
-    value: _unit(encoder.texts(wardrobe.phrases(name, value)).mean(axis=0))
-    for value in wardrobe.VALUES[name]
-  }
-
-
-def _unit(x: Any) -> np.ndarray:
-  return x / np.linalg.norm(x, axis=-1, keepdims=True)

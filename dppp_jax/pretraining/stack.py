@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import hashlib
 import pathlib
 from typing import Any
 
@@ -18,7 +17,7 @@ from dppp_jax.diffusion import components, conditioning
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.methods import denoising
 from dppp_jax.paperdoll import canvas_corpus
-from dppp_jax.pretraining import latents
+from dppp_jax.pretraining import corpora, latents
 from dppp_jax.train import loop
 from dppp_jax.train import stage as stage_lib
 
@@ -76,20 +75,6 @@ def options(config: Mapping[str, Any], **more: Any) -> denoising.Options:
   )
 
 
-def corpus(
-  data: Mapping[str, Any], split: str, num: int, *, with_scenes: bool = True
-) -> canvas_corpus.Corpus:
-  """Returns canvases, as a configuration's `data` asks for them."""
-  return canvas_corpus.draw(
-    num,
-    seed=data["seed"],
-    split=split,
-    with_scenes=with_scenes,
-    processes=data["processes"],
-    cache=data["cache"],
-  )
-
-
 def examples(
   stack: Stack,
   drawn: canvas_corpus.Corpus,
@@ -113,7 +98,7 @@ def examples(
     drawn.images,
     stack.vae_folder,
     cache=data["cache"],
-    label=f"{name(drawn)} {label}",
+    label=f"{corpora.name(drawn)} {label}",
     transform=transform,
   )
   height, width = drawn.images.shape[1:3]
@@ -291,10 +276,3 @@ def watcher(
     return {}
 
   return watch
-
-
-def name(drawn: canvas_corpus.Corpus) -> str:
-  """Returns what names a corpus: the folder it is mapped from, or its hash."""
-  if isinstance(drawn.images, np.memmap) and drawn.images.filename:
-    return pathlib.Path(drawn.images.filename).parent.name
-  return hashlib.sha256(np.ascontiguousarray(drawn.images)).hexdigest()[:16]

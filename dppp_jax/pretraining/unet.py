@@ -12,10 +12,10 @@ from dppp_jax import rngs, trees
 from dppp_jax.diffusion import schedulers
 from dppp_jax.methods import beginnings, denoising
 from dppp_jax.models import clip, unet_config
-from dppp_jax.pretraining import cards, controlnet
+from dppp_jax.pretraining import cards, controlnet, corpora
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
-from dppp_jax.weights import diffusers_folder, load, pipeline_folder
+from dppp_jax.weights import diffusers_folder, hub, load, pipeline_folder
 
 
 def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
@@ -36,8 +36,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   stack = begin(config)
   folder = run.prepare(workdir, config)
   data, settings = config["data"], config["train"]
-  drawn = stack_lib.corpus(data, "train", data["num_canvases"])
-  held_out = stack_lib.corpus(data, "held_out", data["num_held_out"])
+  drawn = corpora.draw(data, "train", data["num_canvases"])
+  held_out = corpora.draw(data, "held_out", data["num_held_out"])
   given, begin_at = stack.given, beginnings.unet_init
   kind, images, more = "", (None, None), {}
   if config["model"]["control"]:
@@ -80,19 +80,19 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   if target.exists():
     shutil.rmtree(target)  # Ours, and rebuilt from the checkpoint.
   export(target, stack, outcome.params, config, sides=drawn.images.shape[1:3])
-  sizes = {phase["name"]: phase["batch_size"] for phase in settings["phases"]}
   if kind:
-    controlnet.export(
+    net = controlnet.export(
       folder, stack, outcome.params, config, kind=kind, data=examples[1]
     )
-  alone = {k: x for k, x in outcome.params.items() if k != "controlnet"}
-  if kind:  # Of zeros, it says nothing.
-    alone["controlnet"] = stack.params["controlnet"]
-  (error,) = stack_lib.held_out_errors(stack, [alone], examples[1], config)
+    error = hub.read_json(net / "metrics.json")["held_out_mse_without"]
+  else:
+    (error,) = stack_lib.held_out_errors(
+      stack, [outcome.params], examples[1], config
+    )
   metrics = {
     "held_out_mse": error,
     "num_held_out": len(held_out),
-    **cards.cost(folder, sizes),
+    **cards.cost(folder, settings["phases"]),
     "parameters": {
       name: trees.count(tree) for name, tree in outcome.params.items()
     },

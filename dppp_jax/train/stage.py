@@ -36,7 +36,7 @@ class PK(NamedTuple):
 
 
 class Shuffled(NamedTuple):
-  """Batches of a shuffled pass; the last one is filled up from its begin."""
+  """Batches of a shuffled pass; the last one is filled up from its first rows."""
 
   batch_size: int
 
