@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import traced_flops
 
-from dppp_jax import trees
+from dppp_jax import devices, trees
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.diffusion import schedulers
@@ -83,15 +83,22 @@ def _components(
 class Side:
   """This project's sampler."""
 
-  def __init__(self, setting: generation_setting.Setting, cache: str = ""):
+  def __init__(
+    self,
+    setting: generation_setting.Setting,
+    cache: str = "",
+    largest: int = 1,
+  ):
     """Loads or draws the weights.
 
     Args:
       setting: what is drawn.
       cache: folder of compiled programs; "" for none.
+      largest: batch; those that a CPU's cores can share are shared.
     """
     if cache:
-      sampler_lib.use_compilation_cache(cache)
+      devices.use_compilation_cache(cache)
+    shared = devices.share(0, batch_size=largest)
     self._setting = setting
     if setting.folder:
       self._parts = components.load_components(
@@ -102,7 +109,9 @@ class Side:
     else:
       self._parts = _components(setting)
     self._sampler = sampler_lib.Sampler(
-      self._parts, dtype=jnp.bfloat16 if setting.gpu else jnp.float32
+      self._parts,
+      dtype=jnp.bfloat16 if setting.gpu else jnp.float32,
+      devices=shared,
     )
 
   def draw(self, variant: str, batch: int) -> np.ndarray:

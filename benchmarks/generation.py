@@ -73,8 +73,13 @@ def _start(
   side: str, setting: Any, args: argparse.Namespace, cache: pathlib.Path
 ) -> remote.Remote:
   if side == _OURS:
-    return remote.Remote("flax_generation:Side", setting, str(cache))
+    largest = max(_sizes(args))
+    return remote.Remote("flax_generation:Side", setting, str(cache), largest)
   return remote.Remote("torch_generation:Side", setting, args.mode)
+
+
+def _sizes(args: argparse.Namespace) -> list[int]:
+  return [int(batch) for batch in args.batches.split(",")]
 
 
 def _mini(setting: Any, scratch: str) -> Any:
@@ -229,7 +234,7 @@ def run(
       setting = _mini(setting, scratch)
     results["controlnets"] = len(setting.controlnets)
     cache = pathlib.Path(args.cache) / setting.name
-    batches = [int(batch) for batch in args.batches.split(",")]
+    batches = _sizes(args)
     if not args.no_first:
       results["first_canvas"] = _first(setting, args, cache, batches[0], notes)
       save(results)

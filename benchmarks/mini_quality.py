@@ -25,7 +25,7 @@ import mini_page
 import numpy as np
 import PIL.Image
 
-from dppp_jax import allocator, cli, logs
+from dppp_jax import allocator, cli, devices, logs
 from dppp_jax.data import images as images_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.evals import zeroshot
@@ -54,7 +54,9 @@ class Stage:
     self._settings = settings
     controls = [assets / f"controlnet-{kind}" for kind in ("openpose", "canny")]
     parts = components.load_components(assets / "sdxl", controlnets=controls)
-    self._sampler = sampler_lib.Sampler(parts)
+    self._sampler = sampler_lib.Sampler(
+      parts, devices=devices.share(0, batch_size=_BATCH)
+    )
     self._mattes = matting.load(
       assets / "u2netp", size=canvases.LAYOUT.cell, batch_size=48
     )

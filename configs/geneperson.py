@@ -136,6 +136,8 @@ def _paper() -> ml_collections.ConfigDict:
   config.run = run = ml_collections.ConfigDict()
   run.batch_size = 8  # Canvases at once.
   run.decode_batch = 4  # Of them, that the VAE decodes at once.
+  run.devices = 1  # That share a batch; 0: as many cores as divide it, or one
+  # accelerator. Each holds all networks: for small ones.
   run.num_threads = 0  # Of the host; 0: as there are cores, 16 at most.
   run.stack_from = 0  # Transformers so deep are compiled as a loop; 0: none.
   run.compilation_cache = "~/.cache/dppp_jax/xla"  # Empty: none.
@@ -168,6 +170,7 @@ def _mini() -> ml_collections.ConfigDict:
   config.backgrounds.negative = ""
   config.matting.size = (96, 48)
   config.run.batch_size = 4
+  config.run.devices = 0
   return config
 
 

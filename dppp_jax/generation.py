@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import cli, errors, types
+from dppp_jax import cli, devices, errors, types
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.diffusion import schedulers
@@ -128,6 +128,7 @@ def _diffusion(
   counts = {f"run.{key}": run[key] for key in ("batch_size", "decode_batch")}
   counts |= {"backgrounds.count": ground["count"], "sampler.steps": steps}
   pipeline.check_positive(**counts)
+  shared = devices.share(run["devices"], batch_size=run["batch_size"])
   if not any(ground["size"]):
     ground = config["backgrounds"] = ground | {"size": layout.size}
   rules, dtypes = _rules(config["rules"]), _dtypes(config)
@@ -148,7 +149,7 @@ def _diffusion(
       functools.partial(pose.fit, layout.cell, fill=config["poses"]["fill"]),
     )
   if folder := run["compilation_cache"]:
-    sampler_lib.use_compilation_cache(pathlib.Path(folder).expanduser())
+    devices.use_compilation_cache(pathlib.Path(folder).expanduser())
   base = networks_lib.base(config, places)
   _check_run(config, base, networks_lib.control_names(places), layout)
   chunks = networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
@@ -171,6 +172,7 @@ def _diffusion(
     guess=config["sampler"]["guess"],
     kinds=networks.kinds,
     decode_batch=run["decode_batch"],
+    devices=shared,
   )
   draw, draw_ground = _draws(sampler, config, networks, layout)
   pool = backgrounds.Pool(
@@ -307,13 +309,12 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
   # Files first: what is to be fetched may be gigabytes.
   order = sorted(given, key=lambda key: not _shipped(given[key]).exists())
   found = {}
-  for key in order:
-    if given[key]:
-      path = _shipped(given[key])
-      resolve = lambda path=path: hub.resolve(
-        path, patterns=diffusers_folder.PATTERNS
-      )
-      found[key] = networks_lib.named(key, resolve)
+  for key in filter(given.get, order):
+    path = _shipped(given[key])
+    resolve = lambda path=path: hub.resolve(
+      path, patterns=diffusers_folder.PATTERNS
+    )
+    found[key] = networks_lib.named(key, resolve)
   return {key: found[key] for key in given if key in found}
 
 
@@ -324,8 +325,7 @@ def _check_run(
   layout: canvas.Layout,
 ) -> None:
   """Refuses what the sampler would, before weights are read."""
-  control = config["control"]
-  steps = config["sampler"]["steps"]
+  control, steps = config["control"], config["sampler"]["steps"]
   named = networks_lib.named
   named("sampler", lambda: schedulers.init(steps, parts.scheduler))
   named("canvas", lambda: components_lib.canvas(parts, [], layout.size))

@@ -17,6 +17,7 @@ _FLOORS = {
   "trees": 1,
   "rngs": 1,
   "allocator": 1,
+  "devices": 1,
   "logs": 1,
   "interrupts": 1,
   "data": 2,

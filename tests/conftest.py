@@ -1,4 +1,4 @@
-"""Guard rails for every test: CPU, and no silent rank promotion."""
+"""Guard rails for every test: CPU, two devices of it, no rank promotion."""
 
 import os
 
@@ -8,4 +8,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 
+jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -22,7 +22,7 @@ import PIL.Image
 import pytest
 import tiny_sdxl
 
-from dppp_jax import cli, errors, trees
+from dppp_jax import cli, devices, errors, trees
 from dppp_jax.data import images, shards
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.geneperson import (
@@ -77,7 +77,7 @@ def cache(tmp_path_factory):
     jax.config.update(key, 0)
     yield folder
     jax.config.update(key, before)
-  sampler_lib.use_compilation_cache(None)
+  devices.use_compilation_cache(None)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from dppp_jax import errors, trees
+from dppp_jax import devices, errors, trees
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import conditioning, schedulers
 from dppp_jax.diffusion import sampler as sampler_lib
@@ -422,6 +422,40 @@ def test_noise_may_be_given_and_latents_are_donated(sampler):
   assert not noise.is_deleted()
 
 
+def test_devices_share_a_batch_and_draw_the_same(sampler):
+  split = sampler_lib.Sampler(
+    sampler.components, devices=jax.devices()[:2], compiler_options=OPTIONS
+  )
+  prompts, seeds = [*PROMPTS, "a dog", ""], [1, 2, 3, 4]
+  poses, grid = _images(0, batch=4), _images(1)[0]
+  negatives, guidance = ["night", "", "blurry", "a"], [1.5, 2.0, 2.5, 3.0]
+
+  def draw(sampler, rows):
+    return sampler.latents(
+      prompts[rows],
+      seeds=seeds[rows],
+      control_images=[poses[rows], grid],
+      control_scales=[1.0, 0.5],
+      guidance=guidance[rows],
+      guidance_rescale=0.3,
+      negative_prompts=negatives[rows],
+      steps=3,
+    )
+
+  got = draw(split, slice(4))
+  assert {shard.data.shape[0] for shard in got.addressable_shards} == {2}
+  parts = [draw(sampler, slice(0, 2)), draw(sampler, slice(2, 4))]
+  assert twins.distance(got, np.concatenate(parts)) < TOLERANCE
+  pictures = split.decode(got)
+  assert len(pictures.sharding.device_set) == 2
+  wanted = np.asarray(sampler.decode(np.asarray(got)), int)
+  assert np.abs(wanted - pictures).max() <= 1  # Halves may be rounded up.
+  # One cannot be divided: the first device draws it.
+  alone = draw(split, slice(1))
+  assert alone.devices() == {jax.devices()[0]}
+  assert twins.distance(alone, draw(sampler, slice(1))) < TOLERANCE
+
+
 def test_decode_in_parts_equals_whole(sampler):
   latents = np.random.default_rng(0).normal(size=(2, 12, 8, 4))
   latents = latents.astype(np.float32)
@@ -520,11 +554,11 @@ def test_compiled_programs_are_kept_on_disk(tmp_path):
   old = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   try:
-    sampler_lib.use_compilation_cache(tmp_path / "cache")
+    devices.use_compilation_cache(tmp_path / "cache")
     jax.jit(lambda x: jnp.sin(x) + 3)(np.float32(1)).block_until_ready()
     assert list((tmp_path / "cache").iterdir())
   finally:
-    sampler_lib.use_compilation_cache(None)
+    devices.use_compilation_cache(None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
 
 

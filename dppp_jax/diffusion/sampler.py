@@ -13,7 +13,6 @@ There are two kinds of it, with and without guidance, which doubles the work.
 import collections
 from collections.abc import Mapping, Sequence
 import functools
-import pathlib
 import re
 from typing import Any
 
@@ -32,6 +31,7 @@ Sizes = conditioning.Sizes
 # Step tables are padded to a multiple of this, so that 20 and 50 steps run the
 # same program; the padding costs an embedding of a time for each row.
 _TABLE = 64
+_ALL = jax.sharding.PartitionSpec()
 # Small layers that run in float32 whatever the dtype: their weights do too.
 _WIDE = re.compile(
   r".*\b(time_embedding|(control_)?add_embedding|class_embedding|conv_out"
@@ -61,6 +61,7 @@ class Sampler:
     guess: bool = False,
     kinds: Sequence[Sequence[int] | None] | None = None,
     decode_batch: int = 4,
+    devices: Sequence[jax.Device] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
   ):
     """Builds the networks and puts the parameters on the device.
@@ -81,6 +82,8 @@ class Sampler:
       kinds: for each ControlNet that is a union the kinds of its images, None
         for the others.
       decode_batch: images that the VAE decodes at once.
+      devices: draw a part of each batch each, if it can be divided among
+        them, and hold all parameters each; None: the first device draws all.
       compiler_options: of XLA, for this sampler's programs only.
 
     Raises:
@@ -98,6 +101,8 @@ class Sampler:
     self._vae_dtype = jnp.dtype(vae_dtype)
     self._long, self._min_chunks = long_prompts, min_chunks
     self._decode_batch = decode_batch
+    devices = devices or jax.devices()[:1]
+    self._mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
     options = {"dtype": dtype, "stack_from": components.stack_from}
     self._kinds = components_lib.check_kinds(components.controlnets, kinds)
     self._networks = denoise.Networks(
@@ -139,12 +144,13 @@ class Sampler:
       What `sample` takes as `params`.
     """
     flat = trees.flatten(params)
+    everywhere = jax.sharding.NamedSharding(self._mesh, _ALL)
     for name, value in flat.items():
       dtype = jnp.float32
       if name.endswith("/kernel") and not _WIDE.fullmatch(name):
         # Once, here: in the loop it would be done at each step.
         dtype = self._vae_dtype if name.startswith("vae/") else self._dtype
-      flat[name] = jax.device_put(np.asarray(value, dtype))
+      flat[name] = jax.device_put(np.asarray(value, dtype), everywhere)
     return trees.unflatten(flat)
 
   def sample(self, prompts: Sequence[str], **options: Any) -> jax.Array:
@@ -216,9 +222,10 @@ class Sampler:
     Raises:
       errors.UserError: wrong sizes and numbers, or a prompt that is too long.
     """
-    parts, params = self.components, params or self.params
+    parts = self.components
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     batch = len(prompts)
+    params = self._used(params, batch)
     images = components_lib.control_images(
       control_images, self._kinds, batch=batch
     )
@@ -276,7 +283,18 @@ class Sampler:
     self, latents: types.Array, *, params: types.Params | None = None
   ) -> jax.Array:
     """Returns pictures uint8 [B, H, W, 3] of latents [B, h, w, C]."""
-    return self._programs["decode"]((params or self.params)["vae"], latents)
+    params = self._used(params, len(latents))
+    return self._programs["decode"](params["vae"], latents)
+
+  def _used(self, params: types.Params | None, batch: int) -> types.Params:
+    """Returns parameters on all devices, or for an odd batch on the first."""
+    params = params or self.params
+    if self._mesh.size == 1 or self._is_split(batch):
+      return params
+    return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+  def _is_split(self, batch: int) -> bool:
+    return self._mesh.size > 1 and batch % self._mesh.size == 0
 
   def _read(
     self,
@@ -347,7 +365,10 @@ class Sampler:
 
   def _denoise(self, params: types.Params, **arguments: Any) -> jax.Array:
     self.traces["denoise"] += 1
-    return denoise.run(self._networks, params, **arguments)
+    run = functools.partial(denoise.run, self._networks)
+    if self._is_split(len(arguments["latents"])):
+      return denoise.split(run, self._mesh, params, **arguments)
+    return run(params, **arguments)
 
   def _decode(self, params: types.Params, latents: types.Array) -> jax.Array:
     self.traces["decode"] += 1
@@ -357,25 +378,16 @@ class Sampler:
       images = self._vae.apply({"params": params}, z, method="decode")
       return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
-    if len(latents) <= self._decode_batch:
-      return some(latents)
-    return jax.lax.map(
-      lambda z: some(z[None])[0], latents, batch_size=self._decode_batch
-    )
+    def every(latents: jax.Array) -> jax.Array:
+      if len(latents) <= self._decode_batch:
+        return some(latents)
+      return jax.lax.map(
+        lambda z: some(z[None])[0], latents, batch_size=self._decode_batch
+      )
 
-
-def use_compilation_cache(folder: str | pathlib.Path | None) -> None:
-  """Keeps compiled programs on disk, for this process and later ones.
-
-  A program of SDXL compiles for minutes and loads in seconds.
-
-  Args:
-    folder: made if need be; None: no longer.
-  """
-  from jax.experimental.compilation_cache import compilation_cache
-
-  jax.config.update(
-    "jax_compilation_cache_dir", None if folder is None else str(folder)
-  )
-  # Whoever compiled something before this call made up JAX's mind already.
-  compilation_cache.reset_cache()
+    if not self._is_split(len(latents)):
+      return every(latents)
+    rows = jax.sharding.PartitionSpec("batch")
+    return jax.shard_map(
+      every, mesh=self._mesh, in_specs=rows, out_specs=rows, check_vma=False
+    )(latents)

@@ -36,7 +36,7 @@ class PK(NamedTuple):
 
 
 class Shuffled(NamedTuple):
-  """Batches of a shuffled pass; the last one is filled up from its first rows."""
+  """Batches of a shuffled pass; its first rows fill up the last batch."""
 
   batch_size: int
 
