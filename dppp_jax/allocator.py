@@ -25,6 +25,6 @@ def keep_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (OSError, AttributeError):  # Another C library.
     return False
-  most = 2**31 - 1
-  settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: most}
+  # -1 is never: 2 GB, the largest number, are less than some programs need.
+  settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
   return all([mallopt(*setting) for setting in settings.items()])

@@ -259,6 +259,8 @@ class _StageRun:
         )
         pending.append((step, values))
         self.step = step + 1
+        if len(pending) > 1:  # Each step that waits holds its temporaries.
+          jax.block_until_ready(pending[-2][1])
         bar.update()
         is_last = self.step == total
         stopping = bool(signals.number)
