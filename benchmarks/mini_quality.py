@@ -47,11 +47,15 @@ class Stage:
   Args:
     assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/
       and clip/.
-    settings: "steps" and "guidance".
+
+  Attributes:
+    settings: "steps" and "guidance", of configs/geneperson.py:mini.
+    encoder: of the CLIP.
   """
 
-  def __init__(self, assets: pathlib.Path, settings: Mapping[str, Any]):
-    self._settings = settings
+  def __init__(self, assets: pathlib.Path):
+    sampler = cli.load_config("geneperson.py:mini").sampler
+    self.settings = {"steps": sampler.steps, "guidance": sampler.guidance}
     controls = [assets / f"controlnet-{kind}" for kind in ("openpose", "canny")]
     parts = components.load_components(assets / "sdxl", controlnets=controls)
     self._sampler = sampler_lib.Sampler(
@@ -104,9 +108,8 @@ class Stage:
         seeds=[_SEED * 100_000 + i for i in some],
         control_images=[skeletons[places], grid],
         control_scales=[pose, strength],
-        steps=self._settings["steps"],
-        guidance=self._settings["guidance"],
         size=canvases.LAYOUT.size,
+        **self.settings,
       )
       parts.append(np.asarray(made))
     return np.concatenate(parts)[: len(prompts)]
@@ -193,10 +196,8 @@ def main() -> None:
     num, with_scenes=False, cache=args.cache, **options
   )
   colours = readback.Colours(draw(_TAUGHT, seed=_SEED + 1))
-  sampler = cli.load_config("geneperson.py:mini").sampler
-  settings = {"steps": sampler.steps, "guidance": sampler.guidance}
-  stage = Stage(assets, settings)
-  results: dict[str, Any] = {"seed": _SEED, "num": args.num, **settings}
+  stage = Stage(assets)
+  results: dict[str, Any] = {"seed": _SEED, "num": args.num, **stage.settings}
   for split in ("held_out", "new"):
     drawn = draw(args.num, seed=_SEED, split=split)
     reading = lambda images, mattes, drawn=drawn: read(
