@@ -13,7 +13,6 @@ mini_page.py, docs/mini.md.
 """
 
 import argparse
-from collections.abc import Mapping
 import itertools
 import json
 import pathlib
