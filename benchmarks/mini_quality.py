@@ -45,7 +45,7 @@ class Stage:
 
   Args:
     assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/
-      and clip/.
+      and clip-cells/.
 
   Attributes:
     settings: "steps" and "guidance", of configs/geneperson.py:mini.
@@ -63,7 +63,7 @@ class Stage:
     self._mattes = matting.load(
       assets / "u2netp", size=canvases.LAYOUT.cell, batch_size=48
     )
-    self.encoder = zeroshot.load(assets / "clip")
+    self.encoder = zeroshot.load(assets / "clip-cells")
 
   def canvases(
     self, drawn: canvas_corpus.Corpus, *, pose: float = 1.0, grid: float = 1.0
@@ -169,8 +169,11 @@ def luminances(stage: Stage) -> dict[str, dict[str, float]]:
 def cards(assets: pathlib.Path) -> dict[str, Any]:
   """Returns what the cards of the networks measured."""
   names = {
-    "vae": "sdxl/vae", "u2netp": "u2netp", "loras": "loras", "clip": "clip"
-  }  # fmt: skip
+    "vae": "sdxl/vae",
+    "u2netp": "u2netp",
+    "loras": "loras",
+    "clip": "clip-cells",
+  }
   return {
     name: json.loads((assets / place / "metrics.json").read_text())
     for name, place in names.items()
