@@ -35,7 +35,7 @@ are put to the canvases that the renderer draws for the same prompts: what they
 say of `drawn` is the best they can say.
 
 - *by CLIP*: zero-shot class of the six cells' mean feature, by the mini CLIP
-  that has seen drawn canvases (`clip-cells`; DPPP begins with one that has not).
+  that has seen drawn canvases (`clip-cells`; DPPP begins with another).
 - *by histogram*: naive Bayes over the colours of pixels inside the matte, where
   the skeleton says that the clothes are; no network.
 - *identity*: probability that two cells of one canvas are nearer to each other
