@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 # In order: later ones are trained on what earlier ones give.
-NETS ?= clip clip_cells vae u2netp unet controlnet_canny lora
+NETS ?= clip clip_cells vae u2netp unet unet:more controlnet_canny lora
 PIN := -c constraints.txt --disable-pip-version-check -q
 
 .PHONY: demo test lint bench pretrain setup setup-test clean
@@ -40,9 +40,12 @@ bench: setup-test
 	@for script in retrieval input_pipeline train_step; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; done
 
+# "unet:more" is a preset, in a run folder of its own: runs/pretrain_unet_more.
 pretrain: setup
-	@for net in $(NETS); do $(BIN)/python launch/pretrain.py \
-	  --config configs/pretrain_$$net.py --workdir runs/pretrain_$$net \
+	@for net in $(NETS); do file=$${net%%:*}; preset=$${net#$$file}; \
+	  $(BIN)/python launch/pretrain.py \
+	  --config configs/pretrain_$$file.py$$preset \
+	  --workdir runs/pretrain_$$file$${preset:+_$${preset#:}} \
 	  || exit 1; done
 
 clean:

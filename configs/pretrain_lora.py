@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   data.seed = 0  # Of the drawn world.
   data.processes = 2
   data.cache = "runs/canvases"  # Shared by all networks of stage A.
-  data.base = "runs/pretrain_unet/sdxl"
+  data.base = "runs/pretrain_unet_more/sdxl"
 
   config.model = model = ml_collections.ConfigDict()
   # Attention, and the convolutions, which are most of so small a network.

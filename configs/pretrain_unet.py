@@ -6,8 +6,11 @@
 Needs the mini VAE (configs/pretrain_vae.py) and the mini CLIP. Ends with the
 folders `workdir/sdxl`, which diffusers loads as StableDiffusionXLPipeline, and
 `workdir/controlnet-openpose`; samples over held-out drawn canvases lie in
-`workdir/sheets`. On a GPU: `--config.dtype=bfloat16`. `:smoke` takes seconds
-and learns nothing.
+`workdir/sheets`. On a GPU: `--config.dtype=bfloat16`. Presets:
+
+  configs/pretrain_unet.py        from the beginning
+  configs/pretrain_unet.py:more   goes on with both where that run ended
+  configs/pretrain_unet.py:smoke  takes seconds and learns nothing
 """
 
 import ml_collections
@@ -17,12 +20,13 @@ ASSETS = "dppp_jax/assets/mini"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  """Returns the configuration of a preset: "" or "smoke"."""
-  if arg not in ("", "smoke"):
-    raise ValueError(f"unknown preset {arg!r}: there is :smoke")
+  """Returns the configuration of a preset: "", "more" or "smoke"."""
+  if arg not in ("", "more", "smoke"):
+    raise ValueError(f"unknown preset {arg!r}: there are :more and :smoke")
   config = ml_collections.ConfigDict()
   config.method = "unet"
   config.dtype = "float32"
+  config.begin = ""  # A run folder to go on from; empty: at random.
 
   config.data = data = ml_collections.ConfigDict()
   data.num_canvases = 12_000
@@ -116,6 +120,19 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.sheet = dict(num=8, steps=20, guidance=3.0)
   train.tensorboard = False
 
+  if arg == "more":
+    config.begin = "runs/pretrain_unet"
+    train.phases = (
+      dict(
+        name="canvases",
+        window=None,
+        batch_size=8,
+        epochs=2,
+        lr=6e-4,
+        warmup=0.03,
+        final=0.01,
+      ),
+    )
   if arg == "smoke":
     data.num_canvases, data.num_held_out, data.processes = 8, 8, 1
     model.unet = dict(

@@ -117,6 +117,29 @@ def test_controlnet_learns_beside_the_unet(root, sdxl):
   assert not torch.equal(net.conv_in.weight, base.conv_in.weight)
 
 
+def test_unet_and_controlnet_go_on_where_a_run_ended(root, sdxl):
+  """With rates of zero they stay where they are."""
+  config = _config("pretrain_unet", root, vae="nowhere", clip="nowhere")
+  config["begin"] = str(root / "unet")
+  config["train"]["sheet_every"] = 0
+  config["train"]["phases"][0]["lr"] = 0.0
+  again = unet.train(config, str(root / "more"))
+  name = "controlnet-openpose"
+  before, after = (
+    components.load_components(folder, controlnets=[folder.parent / name])
+    for folder in (sdxl, again)
+  )
+  assert before.unet == after.unet and before.scheduler == after.scheduler
+  trees_ = [trees.flatten(parts.params) for parts in (before, after)]
+  assert trees_[0].keys() == trees_[1].keys()
+  for key, leaf in trees_[0].items():
+    np.testing.assert_array_equal(leaf, trees_[1][key], err_msg=key)
+  read = lambda folder: json.loads((folder / name / "metrics.json").read_text())
+  for key in ("held_out_mse", "held_out_mse_without"):
+    a, b = read(root / "unet")[key], read(root / "more")[key]
+    np.testing.assert_allclose(a, b, rtol=1e-2)  # Exported in float16.
+
+
 def test_controlnet_steers_by_skeletons(root, sdxl):
   config = _config("pretrain_controlnet_openpose", root, base=str(sdxl))
   assert methods.METHODS[config["method"]] is controlnet.train

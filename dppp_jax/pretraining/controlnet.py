@@ -106,7 +106,8 @@ def export(
   net = params["controlnet"]
   diffusers_folder.save(target, stack.system.control, net, dtype="float16")
   # A ControlNet of zeros is none.
-  states = [params, {**params, "controlnet": stack.params["controlnet"]}]
+  zeros = beginnings.controlnet_zeros(stack.system.control)
+  states = [params, {**params, "controlnet": zeros}]
   found = stack_lib.held_out_errors(stack, states, data, config)
   metrics = {
     "held_out_mse": found[0],
@@ -123,7 +124,7 @@ def export(
 def begin(config: Mapping[str, Any]) -> stack_lib.Stack:
   """Reads the pipeline, and makes room for the ControlNet."""
   widths = config["model"]["conditioning_embedding_out_channels"]
-  return beside(from_pipeline(config), widths)
+  return beside(from_pipeline(config["data"]["base"]), widths)
 
 
 def beside(stack: stack_lib.Stack, widths: Sequence[int]) -> stack_lib.Stack:
@@ -153,16 +154,28 @@ def beside(stack: stack_lib.Stack, widths: Sequence[int]) -> stack_lib.Stack:
   )
 
 
-def from_pipeline(config: Mapping[str, Any]) -> stack_lib.Stack:
-  """Reads the pipeline that a ControlNet or a LoRA is trained for."""
-  base = pathlib.Path(config["data"]["base"])
-  parts = components.load_components(base, controlnets=())
+def from_pipeline(
+  base: str | pathlib.Path, *, control: str | pathlib.Path | None = None
+) -> stack_lib.Stack:
+  """Reads a pipeline that something is trained for, or that learns on.
+
+  Args:
+    base: folder in diffusers' layout.
+    control: folder of a ControlNet that learns beside it.
+
+  Raises:
+    errors.UserError: see `components.load_components`.
+  """
+  base = pathlib.Path(base)
+  controls = () if control is None else (pathlib.Path(control),)
+  parts = components.load_components(base, controlnets=controls)
   system = denoising.System(
     unet=parts.unet,
     texts=parts.texts,
     vae=parts.vae,
     schedule=parts.scheduler,
     zero_dropped=parts.zero_negative and parts.is_xl,
+    control=next(iter(parts.controlnets), None),
   )
   return stack_lib.Stack(
     system, parts.tokenizers, dict(parts.params), base / "vae"

@@ -50,7 +50,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
       raise errors.UserError(
         f"config data.kinds {kind!r}: choose among {', '.join(CHANGES)}"
       )
-  stack = controlnet.from_pipeline(config)
+  stack = controlnet.from_pipeline(config["data"]["base"])
   folder = run.prepare(workdir, config)
   target = folder / "loras"
   target.mkdir(exist_ok=True)

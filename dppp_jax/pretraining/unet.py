@@ -50,10 +50,11 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     stack_lib.examples(stack, one, data, control=shown)
     for one, shown in zip((drawn, held_out), images, strict=True)
   ]
+  init = begin_at(stack.system, given)
   stages = stack_lib.phases(
     stack,
     config,
-    init=begin_at(stack.system, given),
+    init=beginnings.kept_init(given) if config["begin"] else init,
     rules=lambda rate: rules(
       rate, settings["text_lr_factor"], has_control=bool(kind)
     ),
@@ -104,11 +105,19 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
 def begin(config: Mapping[str, Any]) -> stack_lib.Stack:
   """Reads the VAE and the CLIP, and makes room for the UNet.
 
+  Or reads all networks of the run that `begin` names, and goes on with them.
+
   The first text encoder is the CLIP's text tower, and stays as it is. The
   second begins as a copy of it, or at random where the configuration gives it
   sizes of its own, and learns with the UNet.
   """
   data, model = config["data"], config["model"]
+  if config["begin"]:
+    run_folder, control = pathlib.Path(config["begin"]), model["control"]
+    return controlnet.from_pipeline(
+      run_folder / "sdxl",
+      control=run_folder / f"controlnet-{control['kind']}" if control else None,
+    )
   vae_config, vae_params = diffusers_folder.vae(data["vae"])
   text, text_params = load.clip_text(data["clip"])
   tokenizer = load.tokenizer(data["clip"])
@@ -219,7 +228,10 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
       f" prompts dropped {settings['drop']:.0%}",
       "Training": f"{metrics['steps']:,} steps in {metrics['seconds']:,}"
       f" seconds, seed {settings['seed']}, averaged with decay"
-      f" {settings['ema']}",
+      f" {settings['ema']}"
+      + (
+        ", after those of `configs/pretrain_unet.py`" if config["begin"] else ""
+      ),
     },
     table={
       f"mean squared error ({metrics['num_held_out']} canvases)": (
