@@ -230,7 +230,9 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
       f" seconds, seed {settings['seed']}, averaged with decay"
       f" {settings['ema']}"
       + (
-        ", after those of `configs/pretrain_unet.py`" if config["begin"] else ""
+        ", after those of `configs/pretrain_unet.py`"
+        if config.get("begin")
+        else ""
       ),
     },
     table={
