@@ -146,14 +146,8 @@ def split(
   mesh: jax.sharding.Mesh,
   params: types.Params,
   *,
-  text: conditioning.Text,
-  time_ids: types.Array | None,
-  images: Sequence[Sequence[types.Array]],
-  table: schedulers.Table,
-  scales: types.Array,
-  rescale: types.Array,
   guided: bool,
-  **rows: types.Array,
+  **given: Any,
 ) -> jax.Array:
   """Calls `run` on each device with its part of the batch.
 
@@ -165,51 +159,37 @@ def split(
     function: `run` with its networks.
     mesh: of one axis, "batch", whose size divides B.
     params: see `run`.
-    text: see `run`.
-    time_ids: see `run`.
-    images: see `run`.
-    table: see `run`.
-    scales: see `run`.
-    rescale: see `run`.
     guided: see `run`.
-    **rows: what of `run` has B rows: latents, keys and guidance.
+    **given: the other arguments of `run`.
 
   Returns:
     float32 [B, h, w, C].
   """
-  spec = jax.sharding.PartitionSpec
-  size, batch = len(rows["latents"]), spec("batch")
+  spec, size = jax.sharding.PartitionSpec, len(given["latents"])
+  rows, halves = spec("batch"), spec(None, "batch")
   # Negatives and prompts of the same rows belong together.
   fold = lambda x: x.reshape(1 + guided, size, *x.shape[1:])
   flat = lambda x: x.reshape(-1, *x.shape[2:])
-  halves = jax.tree.map(fold, (text, time_ids))
+  folded = jax.tree.map(fold, {k: given[k] for k in ("text", "time_ids")})
+  where = dict.fromkeys(given, spec()) | {
+    "images": jax.tree.map(
+      lambda x: rows if len(x) == size else spec(), given["images"]
+    ),
+    **dict.fromkeys(("latents", "keys", "guidance"), rows),
+    **dict.fromkeys(folded, halves),
+  }
 
-  def part(params, halves, rows, images, shared):
-    text, time_ids = jax.tree.map(flat, halves)
-    return function(
-      params,
-      text=text,
-      time_ids=time_ids,
-      images=images,
-      guided=guided,
-      **rows,
-      **shared,
-    )
+  def part(params, given):
+    given |= {name: jax.tree.map(flat, given[name]) for name in folded}
+    return function(params, guided=guided, **given)
 
-  where = jax.tree.map(lambda x: batch if len(x) == size else spec(), images)
   return jax.shard_map(
     part,
     mesh=mesh,
-    in_specs=(spec(), spec(None, "batch"), batch, where, spec()),
-    out_specs=batch,
+    in_specs=(spec(), where),
+    out_specs=rows,
     check_vma=False,
-  )(
-    params,
-    halves,
-    rows,
-    images,
-    {"table": table, "scales": scales, "rescale": rescale},
-  )
+  )(params, given | folded)
 
 
 def guide(

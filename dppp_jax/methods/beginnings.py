@@ -56,16 +56,6 @@ def joint_init(system: denoising.System, given: types.Params) -> stage_lib.Init:
   return init
 
 
-def kept_init(given: types.Params) -> stage_lib.Init:
-  """Returns the beginning of networks that go on from where they ended."""
-
-  def init(params, collections, rng):
-    del params, collections, rng
-    return jax.tree.map(jnp.asarray, dict(given)), {}
-
-  return init
-
-
 def controlnet_init(
   system: denoising.System, given: types.Params
 ) -> stage_lib.Init:

@@ -41,7 +41,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   given, begin_at = stack.given, beginnings.unet_init
   kind, images, more = "", (None, None), {}
   if config["model"]["control"]:
-    kind, begin_at = config["model"]["control"]["kind"], beginnings.joint_init
+    kind = config["model"]["control"]["kind"]
+    if not config["begin"]:  # Otherwise all networks are given.
+      begin_at = beginnings.joint_init
     more = {"control_drop": settings["control_drop"]}
     images = [
       controlnet.control_images(one, kind, data) for one in (drawn, held_out)
@@ -50,11 +52,10 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     stack_lib.examples(stack, one, data, control=shown)
     for one, shown in zip((drawn, held_out), images, strict=True)
   ]
-  init = begin_at(stack.system, given)
   stages = stack_lib.phases(
     stack,
     config,
-    init=beginnings.kept_init(given) if config["begin"] else init,
+    init=begin_at(stack.system, given),
     rules=lambda rate: rules(
       rate, settings["text_lr_factor"], has_control=bool(kind)
     ),
