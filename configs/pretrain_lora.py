@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
+  train.muon = False
   train.weight_decay = 0.0
   train.snr_gamma = config_dict.placeholder(float)  # As the UNet.
   train.drop = 0.1

@@ -82,6 +82,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
+  train.muon = True
   train.weight_decay = 0.01
   # No min-SNR weights: with v-prediction they are the SNR where there is little
   # of it, and it is there that colours and figures are decided.

@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
+  train.muon = True
   train.weight_decay = 0.01
   # Windows make more steps of the same work; whole canvases come last,
   # because the norms' statistics are those of the whole picture.

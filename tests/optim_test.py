@@ -50,6 +50,52 @@ def test_same_as_torch(decoupled):
     np.testing.assert_allclose(value, want, rtol=2e-6, atol=2e-7)
 
 
+def test_muon_makes_the_momentum_of_kernels_orthogonal():
+  shapes = {
+    "conv/kernel": (3, 3, 4, 6),
+    "dense/kernel": (5, 3),
+    "dense/bias": (3,),
+    "token/embedding": (7, 3),
+  }
+  rng = np.random.default_rng(0)
+  draw = lambda: {k: rng.normal(size=s) for k, s in shapes.items()}
+  params = draw()
+  start = {k: jnp.asarray(x, jnp.float32) for k, x in params.items()}
+  tx = optim.make(
+    dict.fromkeys(shapes, 0.1), weight_decay=0.01, decoupled=True, muon=True
+  )
+  ours, state = start, tx.init(start)
+  momentum = {k: np.zeros(s) for k, s in shapes.items()}
+  for step in range(4):
+    grads = draw()
+    updates, state = tx.update(
+      {k: jnp.asarray(x, jnp.float32) for k, x in grads.items()}, state, ours
+    )
+    ours = optim.apply(ours, updates, jnp.float32(1.0))
+    for name in ("conv/kernel", "dense/kernel"):
+      momentum[name] = 0.95 * momentum[name] + 0.05 * grads[name]
+      ahead = 0.95 * momentum[name] / (1 - 0.95 ** (step + 2))
+      ahead = ahead + 0.05 * grads[name] / (1 - 0.95 ** (step + 1))
+      x = ahead.reshape(-1, shapes[name][-1])
+      rows, columns = x.shape
+      x = x / np.linalg.norm(x)
+      for _ in range(5):  # Jordan 2024: 3.4445 X - 4.775 XX'X + 2.0315 ...
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+      x = 0.2 * np.sqrt(max(rows, columns)) * x.reshape(shapes[name])
+      params[name] = params[name] - 0.1 * (x + 0.01 * params[name])
+  for name in ("conv/kernel", "dense/kernel"):
+    np.testing.assert_allclose(ours[name], params[name], rtol=1e-4, atol=1e-5)
+  # Adam moves every entry of the rest.
+  for name in ("dense/bias", "token/embedding"):
+    assert (np.abs(ours[name] - start[name]) > 1e-3).all()
+
+
+def test_muon_needs_a_decay_of_its_own():
+  with pytest.raises(ValueError, match="decoupled=True"):
+    optim.make({"a/kernel": 0.1}, weight_decay=0.1, muon=True)
+
+
 def test_split_follows_the_first_rule():
   params = {"clip": {"text": {"w": 1}, "vision": {"w": 2}}, "head": {"w": 3}}
   rules = (("clip/text/.*", None), ("clip/.*", 5e-6), (".*", 5e-5))

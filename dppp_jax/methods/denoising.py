@@ -293,6 +293,7 @@ def stage(
   warmup: float = 0.02,
   final: float = 0.0,
   weight_decay: float = 1e-2,
+  muon: bool = False,
   clip_norm: float | None = 1.0,
   ema: float | None = None,
   empty: Mapping[str, np.ndarray] | None = None,
@@ -311,6 +312,7 @@ def stage(
     warmup: fraction of the steps.
     final: factor of the rate at the end of the half cosine.
     weight_decay: of matrices (AdamW).
+    muon: Muon for kernels.
     clip_norm: of the gradient, or None.
     ema: decay of the average of the parameters, or None.
     empty: see `make_loss`.
@@ -325,6 +327,7 @@ def stage(
     schedule=stage_lib.warmup_cosine(warmup=warmup, final=final),
     weight_decay=weight_decay,
     decoupled=True,
+    muon=muon,
     bias_lr_multiplier=1.0,
     clip_norm=clip_norm,
     extras=data,

@@ -97,6 +97,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
         ),
         weight_decay=settings["weight_decay"],
         decoupled=True,
+        muon=settings["muon"],
         bias_lr_multiplier=1.0,
         clip_norm=1.0,
       )

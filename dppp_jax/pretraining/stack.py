@@ -155,6 +155,7 @@ def phases(
         warmup=phase["warmup"],
         final=phase["final"],
         weight_decay=settings["weight_decay"],
+        muon=settings["muon"],
         ema=settings["ema"],
         empty=denoising.empty_ids(stack.system, stack.tokenizers),
       )

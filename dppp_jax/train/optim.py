@@ -1,10 +1,11 @@
-"""Adam over named parameters: one rate per name, frozen leaves never seen."""
+"""Adam and Muon over named parameters: a rate for each, frozen ones not seen."""
 
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from dppp_jax import trees, types
 
@@ -33,6 +34,7 @@ def make(
   *,
   weight_decay: float,
   decoupled: bool = False,
+  muon: bool = False,
   bias_lr_multiplier: float = 1.0,
   clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
@@ -43,10 +45,17 @@ def make(
   the first and contrastive pre-training the second. Clipping comes before the
   decay and sees trainable gradients only.
 
+  Muon (Jordan 2024) makes the momentum of each kernel orthogonal, so that all
+  its directions learn alike, and not those alone that learn fast. Its updates
+  have the root mean square of Adam's (0.2; Liu et al. 2025, Eq. 4), hence the
+  same rates. Kernels of convolutions are matrices from all they read to what
+  they give; embeddings and vectors are left to Adam.
+
   Args:
     rates: {name: lr} of all trainable parameters.
     weight_decay: L2 strength.
     decoupled: AdamW; vectors (biases, norms) are then not decayed.
+    muon: Muon for kernels; needs `decoupled`.
     bias_lr_multiplier: factor of the rate of names that end with "bias".
     clip_norm: global norm to clip to, or None.
 
@@ -64,13 +73,15 @@ def make(
     if clip_norm is None
     else optax.clip_by_global_norm(clip_norm)
   )
-  adam = optax.scale_by_adam(eps=1e-8)
+  if muon and not decoupled:
+    raise ValueError("muon has no decay inside its moments: decoupled=True")
+  moments = _muon() if muon else optax.scale_by_adam(eps=1e-8)
   if decoupled:
     is_matrix = lambda params: {k: x.ndim > 1 for k, x in params.items()}
     decay = optax.add_decayed_weights(weight_decay, mask=is_matrix)
-    chain = (clip, adam, decay)
+    chain = (clip, moments, decay)
   else:
-    chain = (clip, optax.add_decayed_weights(weight_decay), adam)
+    chain = (clip, optax.add_decayed_weights(weight_decay), moments)
   rate = optax.stateless(
     lambda updates, _: {k: scale[k] * u for k, u in updates.items()}
   )
@@ -116,3 +127,21 @@ def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
   """Returns the global L2 norm in float32; zero for no gradients at all."""
   squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()]
   return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+
+def _muon() -> optax.GradientTransformation:
+  """Muon for kernels and Adam for the rest, uphill and at a rate of one."""
+
+  def matrix(name, x):
+    if not name.endswith("kernel") or isinstance(x, optax.MaskedNode):
+      return None
+    return optax.contrib.MuonDimensionNumbers(
+      reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1
+    )
+
+  def matrices(params):
+    return {name: matrix(name, x) for name, x in params.items()}
+
+  return optax.contrib.muon(
+    -1.0, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
+  )

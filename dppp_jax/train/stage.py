@@ -139,6 +139,7 @@ class Stage:
     weight_decay: L2 strength.
     decoupled: False adds the decay to the gradient as torch.optim.Adam does;
       True is AdamW, and then spares vectors (biases, norms).
+    muon: Muon instead of Adam for kernels, see `optim.make`.
     bias_lr_multiplier: factor of the rate of every parameter named "bias".
     clip_norm: global norm that trainable gradients are clipped to, or None.
     extras: per-example arrays [N, ...] that are gathered into the batch. They
@@ -158,6 +159,7 @@ class Stage:
   augment: transforms.Augment | None = None
   weight_decay: float = 1e-4
   decoupled: bool = False
+  muon: bool = False
   bias_lr_multiplier: float = 2.0
   clip_norm: float | None = None
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -88,6 +88,7 @@ def make_tx(
     rates,
     weight_decay=stage.weight_decay,
     decoupled=stage.decoupled,
+    muon=stage.muon,
     bias_lr_multiplier=stage.bias_lr_multiplier,
     clip_norm=stage.clip_norm,
   )
