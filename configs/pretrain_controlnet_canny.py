@@ -30,7 +30,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   data.base = "runs/pretrain_unet_more/sdxl"
 
   config.model = model = ml_collections.ConfigDict()
-  model.conditioning_embedding_out_channels = (16, 32)
+  model.conditioning_embedding_out_channels = (8, 16, 32)
+  model.attention = False  # Lines are all it is told, and where.
 
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
@@ -42,8 +43,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.phases = (
     dict(
       name="windows",
-      window=(48, 48),
-      stride=(48, 24),
+      window=(24, 24),
+      stride=(24, 12),
       batch_size=16,
       epochs=1,
       lr=8e-4,

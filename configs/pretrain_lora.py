@@ -49,8 +49,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.phases = (
     dict(
       name="windows",
-      window=(48, 48),
-      stride=(48, 24),
+      window=(24, 24),
+      stride=(24, 12),
       batch_size=16,
       epochs=4,
       lr=2e-3,

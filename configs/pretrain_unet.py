@@ -39,11 +39,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.model = model = ml_collections.ConfigDict()
   model.unet = dict(
-    block_out_channels=(16, 32, 96, 160),
+    block_out_channels=(64, 96, 128),
     layers_per_block=1,
     norm_num_groups=8,
     down_block_types=(
-      "DownBlock2D",
       "DownBlock2D",
       "CrossAttnDownBlock2D",
       "CrossAttnDownBlock2D",
@@ -52,16 +51,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       "CrossAttnUpBlock2D",
       "CrossAttnUpBlock2D",
       "UpBlock2D",
-      "UpBlock2D",
     ),
     transformer_layers_per_block=1,
-    attention_head_dim=(1, 1, 3, 5),
+    attention_head_dim=(1, 3, 4),
     addition_time_embed_dim=16,
   )
   # A ControlNet that learns beside it: told where somebody stands, so small a
   # UNet soon learns what they wear. None: the UNet alone.
   model.control = dict(
-    kind="openpose", conditioning_embedding_out_channels=(16, 32)
+    kind="openpose", conditioning_embedding_out_channels=(8, 16, 32)
   )
   # Sizes that differ from the CLIP's text tower; none: it begins as its copy.
   model.text_encoder_2 = ml_collections.ConfigDict()
@@ -69,8 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.scheduler = scheduler = ml_collections.ConfigDict()
   scheduler["_class_name"] = "EulerAncestralDiscreteScheduler"
   scheduler.num_train_timesteps = 1000
-  # More noise than SDXL's: of a VAE that shrinks by two, neighbouring latents
-  # say nearly the same, and that is heard through more noise.
+  # DDPM's, with more noise than SDXL's.
   scheduler.beta_start = 0.0001
   scheduler.beta_end = 0.02
   scheduler.beta_schedule = "linear"
@@ -82,7 +79,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
-  train.muon = True
+  train.muon = True  # More is learned of as many canvases, see docs/design.md.
   train.weight_decay = 0.01
   # No min-SNR weights: with v-prediction they are the SNR where there is little
   # of it, and it is there that colours and figures are decided.
@@ -97,11 +94,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.phases = (
     dict(
       name="windows",
-      window=(48, 48),
-      stride=(48, 24),
+      window=(24, 24),
+      stride=(24, 12),
       batch_size=16,
       epochs=3,
-      lr=1e-3,
+      lr=2e-3,
       warmup=0.03,
       final=0.3,
     ),
@@ -110,7 +107,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       window=None,
       batch_size=8,
       epochs=1,
-      lr=4e-4,
+      lr=8e-4,
       warmup=0.02,
       final=0.02,
     ),

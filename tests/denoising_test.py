@@ -325,6 +325,23 @@ def test_controlnet_begins_as_diffusers_does(control, pipeline, tmp_path):
   assert differs <= {"num_attention_heads"}
 
 
+def test_controlnet_without_attention_copies_the_rest(world, tmp_path):
+  system, params = world[:2]
+  config = beginnings.control_config(
+    system.unet, widths=(4, 8), attention=False
+  )
+  net = beginnings.from_unet(params["unet"], config, jax.random.key(0))
+  flat, theirs = trees.flatten(net), trees.flatten(params["unet"])
+  assert not [name for name in flat if "attentions" in name]
+  assert len(flat.keys() & theirs.keys()) > 20
+  for name in flat.keys() & theirs.keys():
+    np.testing.assert_array_equal(flat[name], theirs[name])
+  diffusers_folder.save(tmp_path / "net", config, net)
+  read = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
+  assert {type(block).__name__ for block in read.down_blocks} == {"DownBlock2D"}
+  assert type(read.mid_block).__name__ == "UNetMidBlock2D"
+
+
 TARGETS = r".*/(attn[12]/to_(q|k|v|out_0)|resnets_0/conv1|conv_shortcut)"
 
 

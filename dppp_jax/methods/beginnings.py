@@ -89,7 +89,7 @@ def lora_init(
 
 
 def control_config(
-  config: unet_config.Config, *, widths: Sequence[int]
+  config: unet_config.Config, *, widths: Sequence[int], attention: bool = True
 ) -> unet_config.ControlNetConfig:
   """Returns the configuration of a ControlNet for a UNet.
 
@@ -97,11 +97,16 @@ def control_config(
     config: of the UNet.
     widths: conditioning_embedding_out_channels; each but the first halves the
       picture on its way to the size of the latents.
+    attention: False leaves it out, where what steers needs no words.
   """
   shared = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(unet_config.BackboneConfig)
   }
+  if not attention:
+    levels = len(config.down_block_types)
+    shared["down_block_types"] = ("DownBlock2D",) * levels
+    shared["mid_block_type"] = "UNetMidBlock2D"
   return unet_config.ControlNetConfig(
     **shared, conditioning_embedding_out_channels=tuple(widths)
   )

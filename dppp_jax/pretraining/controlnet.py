@@ -123,22 +123,31 @@ def export(
 
 def begin(config: Mapping[str, Any]) -> stack_lib.Stack:
   """Reads the pipeline, and makes room for the ControlNet."""
-  widths = config["model"]["conditioning_embedding_out_channels"]
-  return beside(from_pipeline(config["data"]["base"]), widths)
+  model = config["model"]
+  return beside(
+    from_pipeline(config["data"]["base"]),
+    model["conditioning_embedding_out_channels"],
+    attention=model["attention"],
+  )
 
 
-def beside(stack: stack_lib.Stack, widths: Sequence[int]) -> stack_lib.Stack:
+def beside(
+  stack: stack_lib.Stack, widths: Sequence[int], *, attention: bool = True
+) -> stack_lib.Stack:
   """Returns a stack with a ControlNet of zeros, which says nothing.
 
   Args:
     stack: without one.
     widths: conditioning_embedding_out_channels.
+    attention: whether it has any.
 
   Raises:
     errors.UserError: pictures would not shrink to the size of latents.
   """
   system = stack.system
-  control = beginnings.control_config(system.unet, widths=widths)
+  control = beginnings.control_config(
+    system.unet, widths=widths, attention=attention
+  )
   if 2 ** (len(widths) - 1) != system.vae.factor:
     raise errors.UserError(
       "config model.conditioning_embedding_out_channels: pictures are"
