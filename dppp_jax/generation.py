@@ -35,7 +35,7 @@ from dppp_jax.geneperson import (
 )
 from dppp_jax.geneperson import networks as networks_lib
 from dppp_jax.paperdoll import world
-from dppp_jax.weights import diffusers_folder, hub
+from dppp_jax.weights import diffusers_folder
 
 _MINI = "dppp_jax/assets/mini"
 _SLOTS = networks_lib.SLOTS
@@ -308,12 +308,11 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
       )
   # Files first: what is to be fetched may be gigabytes.
   order = sorted(given, key=lambda key: not _shipped(given[key]).exists())
+  variant = config["models"]["variant"] or None
   found = {}
   for key in filter(given.get, order):
     path = _shipped(given[key])
-    resolve = lambda path=path: hub.resolve(
-      path, patterns=diffusers_folder.PATTERNS
-    )
+    resolve = functools.partial(diffusers_folder.resolve, path, variant=variant)
     found[key] = networks_lib.named(key, resolve)
   return {key: found[key] for key in given if key in found}
 

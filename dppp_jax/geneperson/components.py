@@ -18,7 +18,6 @@ from dppp_jax.geneperson import digests as digests_lib
 from dppp_jax.geneperson import sources
 from dppp_jax.weights import (
   diffusers_folder,
-  hub,
   lora,
   lora_keys,
   single_file,
@@ -75,7 +74,7 @@ def load_components(
   found = sources.base(
     base, variant=variant, tokenizers=tokenizers, configs=configs
   )
-  nets = _resolve(found, controlnets)
+  nets = _resolve(found, controlnets, variant)
   parts = found.parts(method=scheduler)
   steps = parts.scheduler
   parts = dataclasses.replace(
@@ -174,7 +173,7 @@ def digests(
     base, variant=variant, tokenizers=tokenizers, configs=configs
   )
   every = found.describe()
-  nets = _resolve(found, controlnets)
+  nets = _resolve(found, controlnets, variant)
   specs = nets if controlnets is None else controlnets
   for k, (spec, path) in enumerate(zip(specs, nets, strict=True)):
     every[components_lib.controlnet_name(k)] = sources.describe_controlnet(
@@ -188,11 +187,12 @@ def digests(
 
 
 def _resolve(
-  found: sources.Base, controlnets: Sequence[Path] | None
+  found: sources.Base,
+  controlnets: Sequence[Path] | None,
+  variant: str | None,
 ) -> list[pathlib.Path]:
   if controlnets is None:
     return found.controlnets()
   return [
-    hub.resolve(path, patterns=diffusers_folder.PATTERNS)
-    for path in controlnets
+    diffusers_folder.resolve(path, variant=variant) for path in controlnets
   ]

@@ -70,7 +70,7 @@ def base(
   configs: single_file.Configs | None = None,
 ) -> Base:
   """Finds a base model; see `components.load_components`."""
-  path = hub.resolve(spec, patterns=diffusers_folder.PATTERNS)
+  path = diffusers_folder.resolve(spec, variant=variant)
   name = pathlib.Path(spec).name or path.resolve().name
   if path.is_dir():
     if tokenizers is not None:

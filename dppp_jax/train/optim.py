@@ -1,4 +1,4 @@
-"""Adam and Muon over named parameters: a rate for each, frozen ones not seen."""
+"""Adam and Muon over named parameters: one rate each, frozen ones unseen."""
 
 from collections.abc import Mapping, Sequence
 

@@ -104,7 +104,7 @@ def read_config(
 
 def is_folder(path: single_file.Path) -> bool:
   """Tells whether a path is a folder, or in one, that diffusers wrote."""
-  found = hub.resolve(path, patterns=diffusers_folder.PATTERNS)
+  found = diffusers_folder.resolve(path)
   return found.is_dir() or (found.parent / "config.json").is_file()
 
 

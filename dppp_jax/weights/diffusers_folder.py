@@ -9,7 +9,9 @@ it. Parameters are nested dicts of float32 NumPy arrays.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from dppp_jax import errors, trees, types
@@ -64,8 +66,13 @@ _CLASSES = {
 }
 
 _STEM = "diffusion_pytorch_model"
+# A file of weights, or the index of its shards, and its precision.
+_WEIGHTS = re.compile(
+  r"(diffusion_pytorch_model|model)(\.(?P<a>[^.-]+))?(-\d+-of-\d+)?"
+  r"\.safetensors(\.index(\.(?P<b>[^.]+))?\.json)?"
+)
 # Of a hub repository: the configurations, and weights of one format.
-PATTERNS = (
+_PATTERNS = (
   "*.json",
   "*/*.json",
   "*.txt",
@@ -73,6 +80,44 @@ PATTERNS = (
   "*.safetensors",
   "*/*.safetensors",
 )
+
+
+def resolve(path: Path, *, variant: str | None = None) -> pathlib.Path:
+  """Returns the local folder or file of a pipeline or of a network.
+
+  Of a hub's repository one precision is fetched, and of a pipeline's no other
+  file of weights than those of its parts: SDXL's holds the same ones five
+  times, in files for other programs.
+
+  Args:
+    path: a folder, a file or a hub id.
+    variant: the precision, e.g. "fp16"; None: the plain one, or the only one.
+
+  Raises:
+    errors.UserError: see `hub.resolve`.
+  """
+  choose = functools.partial(_needed, variant=variant)
+  # The weights of a pipeline lie below: those missing are found out later.
+  return hub.resolve(path, patterns=_PATTERNS, has_weights=False, choose=choose)
+
+
+def _needed(files: Sequence[str], *, variant: str | None) -> list[str]:
+  is_pipeline = "model_index.json" in files
+  kept, folders = [], {}
+  for file in files:
+    folder, _, name = file.rpartition("/")
+    found = _WEIGHTS.fullmatch(name)
+    if found:
+      precision = found["a"] or found["b"]
+      folders.setdefault(folder, {}).setdefault(precision, []).append(file)
+    elif folder or not is_pipeline or not name.endswith(".safetensors"):
+      kept.append(file)
+  for precisions in folders.values():
+    wanted = variant if variant in precisions else None
+    # None of both: whoever reads them says what there is.
+    every = [file for some in precisions.values() for file in some]
+    kept += precisions.get(wanted, every)
+  return kept
 
 
 def unet(
@@ -134,7 +179,7 @@ def controlnets(
   Raises:
     errors.UserError: as in `unet`, or the pipeline has none.
   """
-  root = hub.resolve(path, patterns=PATTERNS)
+  root = resolve(path, variant=variant)
   folders = [root / "controlnet"]
   while (root / f"controlnet_{len(folders)}").is_dir():
     folders.append(root / f"controlnet_{len(folders)}")
@@ -189,7 +234,7 @@ def weights(
   Raises:
     errors.UserError: no such folder, or not in this variant.
   """
-  found, _ = _find(path, component)
+  found, _ = _find(path, component, variant)
   is_folder = variant is not None and found.is_dir()
   return _variant(found, variant) if is_folder else found
 
@@ -227,9 +272,11 @@ def save(
   return pathlib.Path(folder)
 
 
-def _find(path: Path, component: str) -> tuple[pathlib.Path, dict[str, Any]]:
+def _find(
+  path: Path, component: str, variant: str | None = None
+) -> tuple[pathlib.Path, dict[str, Any]]:
   """Returns the folder or file with the weights, and its config.json."""
-  found = hub.resolve(path, patterns=PATTERNS)
+  found = resolve(path, variant=variant)
   if found.is_dir() and not (found / "config.json").is_file():
     inner = found / component
     if not inner.is_dir():
@@ -252,7 +299,7 @@ def _load(
   path: Path, component: str, variant: str | None, stack_from: int
 ) -> tuple[Any, types.Params]:
   """Reads, renames and compares; all tensors fit, or none are returned."""
-  _, values = _find(path, component)
+  _, values = _find(path, component, variant)
   kind = _kind(values, _CLASSES[component])
   config = kind.config.from_hf(values)
   file = weights(path, component, variant=variant)

@@ -1,6 +1,7 @@
 """From a folder, a file or a hub id to named tensors on the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import fnmatch
 import json
 import math
 import pathlib
@@ -65,6 +66,7 @@ def resolve(
   *,
   patterns: Sequence[str] = PATTERNS,
   has_weights: bool = True,
+  choose: Callable[[Sequence[str]], Sequence[str]] | None = None,
 ) -> pathlib.Path:
   """Returns the local folder or file that a user means.
 
@@ -74,6 +76,7 @@ def resolve(
       disk goes first.
     patterns: the files of a repository that are fetched.
     has_weights: where none of them are .safetensors, older formats are fetched.
+    choose: leaves out of the names of those files what is not needed.
 
   Raises:
     errors.UserError: there is no such path, and the hub has no such
@@ -95,6 +98,8 @@ def resolve(
   import huggingface_hub
 
   try:
+    if choose is not None:
+      patterns = _choose(text, patterns, choose)
     folder = huggingface_hub.snapshot_download(text, allow_patterns=patterns)
     if has_weights and not any(pathlib.Path(folder).glob("*.safetensors")):
       # Repositories older than safetensors.
@@ -108,6 +113,22 @@ def resolve(
       f" ({reason}): check the name and the network, or give a local folder"
     ) from error
   return pathlib.Path(folder)
+
+
+def _choose(
+  name: str,
+  patterns: Sequence[str],
+  choose: Callable[[Sequence[str]], Sequence[str]],
+) -> Sequence[str]:
+  """Returns the files that are chosen, or patterns where none can be listed."""
+  import huggingface_hub
+
+  try:
+    files = huggingface_hub.list_repo_files(name)
+  except (OSError, ValueError):
+    return patterns  # What was fetched before may still be at hand.
+  matches = lambda file: any(fnmatch.fnmatch(file, p) for p in patterns)
+  return list(choose([file for file in files if matches(file)]))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
