@@ -72,6 +72,20 @@ def test_every_light_gets_its_places_and_all_batches_are_full(tmp_path):
   assert "outdoors" in pool.scenes[LIGHTS[1]][0].place
 
 
+def test_waiting_for_another_process_ends_with_a_signal(tmp_path, capsys):
+  painter = Painter()
+  pool = _pool(tmp_path, painter)
+  pool.folder.mkdir(parents=True)
+  asked = []
+  with disk.locked(pool.folder / ".lock") as is_held:
+    assert is_held
+    pool.prepare(stopped=lambda: bool(asked) or asked.append(1))
+  assert not painter.batches and not _files(pool)
+  assert "waiting for another process" in capsys.readouterr().err
+  pool.prepare()  # Nobody holds it any more.
+  assert len(_files(pool)) == 9
+
+
 def test_drawn_once_and_reused(tmp_path):
   first = _pool(tmp_path)
   first.prepare()

@@ -123,7 +123,8 @@ class Pool:
     """Draws what is not there yet; other processes wait for it.
 
     Args:
-      stopped: whether to leave after the batches in progress.
+      stopped: whether to leave after the batches in progress, or to wait for
+        another process no longer.
 
     Raises:
       errors.UserError: a damaged file, no space left.
@@ -131,7 +132,10 @@ class Pool:
     scenes = [scene for some in self.scenes.values() for scene in some]
     with disk.reported(self.folder):
       self.folder.mkdir(parents=True, exist_ok=True)
-      with disk.locked(self.folder / ".lock"):
+      lock = self.folder / ".lock"
+      with disk.locked(lock, stopped=stopped) as is_held:
+        if not is_held:
+          return
         known = self._whole_files()
         disk.replace(
           self.folder / "pool.json", json.dumps(self._config, indent=1)

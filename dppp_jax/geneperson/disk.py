@@ -1,14 +1,17 @@
 """Locks, durable writes, and what to say when the disk refuses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import fcntl
 import os
 import pathlib
+import time
 from typing import IO
 
 from dppp_jax import errors, logs
+
+_PAUSE = 0.2  # Seconds between two looks at a lock.
 
 
 @contextlib.contextmanager
@@ -28,23 +31,41 @@ def reported(where: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-  """Holds an exclusive lock on a file; waits for it, and says so."""
+def locked(
+  path: pathlib.Path, *, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[bool]:
+  """Holds an exclusive lock on a file; waits for it, and says so.
+
+  Args:
+    path: of the file, which is made.
+    stopped: whether to wait no longer. A signal that is only noted does not
+      end a system call that waits, so that the file is looked at again.
+
+  Yields:
+    Whether it is held: False where the waiting was stopped.
+  """
   with path.open("a") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    is_held = _try(file)
+    if not is_held:
       logs.say(f"{path.parent}: waiting for another process to finish it")
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+    while not is_held and not stopped():
+      time.sleep(_PAUSE)
+      is_held = _try(file)
+    yield is_held
 
 
 def own(file: IO, message: str) -> None:
   """Locks an open file until it is closed, or fails with a message."""
+  if not _try(file):
+    raise errors.UserError(message)
+
+
+def _try(file: IO) -> bool:
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise errors.UserError(message) from error
+  except BlockingIOError:
+    return False
+  return True
 
 
 def write(file: int, data: bytes) -> None:
