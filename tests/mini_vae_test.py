@@ -62,7 +62,7 @@ def test_latents_are_of_variance_one(corpus):
   )
   latents = vae.normalize(encode(images).mean, config)
   height, width = canvases.LAYOUT.size
-  assert latents.shape[1:3] == (height // 2, width // 2)
+  assert latents.shape[1:3] == (height // 4, width // 4)
   assert abs(float(np.std(latents)) - 1) < 0.1
 
 
