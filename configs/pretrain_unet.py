@@ -120,17 +120,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   if arg == "more":
     config.begin = "runs/pretrain_unet"
-    train.phases = (
-      dict(
-        name="canvases",
-        window=None,
-        batch_size=8,
-        epochs=2,
-        lr=6e-4,
-        warmup=0.03,
-        final=0.01,
-      ),
-    )
+    # The same again, with smaller steps.
+    windows, canvases = train.phases
+    train.phases = (dict(windows, lr=1e-3), dict(canvases, lr=6e-4, final=0.01))
   if arg == "smoke":
     data.num_canvases, data.num_held_out, data.processes = 8, 8, 1
     model.unet = dict(
