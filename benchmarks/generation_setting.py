@@ -162,13 +162,13 @@ def mini_networks() -> dict[str, Any]:
     projection_class_embeddings_input_dim=6 * unet["addition_time_embed_dim"]
     + text["projection_dim"],
   )
-  model = config("pretrain_controlnet_openpose")["model"]
+  hint = unet_config["model"]["control"]["conditioning_embedding_out_channels"]
   scheduler = dict(unet_config["scheduler"])
   scheduler.pop("_class_name")
   return {
     "unet": unet,
     "vae": vae,
-    "hint": tuple(model["conditioning_embedding_out_channels"]),
+    "hint": tuple(hint),
     "texts": (text, text),
     "scheduler": scheduler,
   }

@@ -1,13 +1,16 @@
 """The canvas benchmark: both sides draw the same, and FLOPs are counted."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+_REPO = pathlib.Path(__file__).parents[1]
+_MINI = _REPO / "dppp_jax/assets/mini"
+sys.path.insert(0, str(_REPO / "benchmarks"))
 
 import flax_generation
 import generation
@@ -117,11 +120,22 @@ def test_flops_of_sdxl(size, wanted):
   np.testing.assert_allclose(whole, 778e12, rtol=2e-3)
 
 
-def test_mini_has_the_sizes_of_its_training():
+def test_mini_has_the_sizes_of_what_is_shipped():
   networks = generation_setting.mini_networks()
-  net = unet_config.Config.from_hf(networks["unet"])
-  assert vae.Config.from_hf(networks["vae"]).factor == 2
-  assert net.text_dim == sum(x["hidden_size"] for x in networks["texts"])
+  shipped = lambda folder: json.loads(
+    (_MINI / folder / "config.json").read_text()
+  )
+  for name, kind in (("vae", vae.Config), ("unet", unet_config.Config)):
+    file = shipped(f"sdxl/{name}")
+    # No sizes: the latents' scale is measured.
+    values = {
+      k: file[k] for k in ("scaling_factor", "force_upcast") if k in file
+    }
+    assert kind.from_hf(networks[name] | values) == kind.from_hf(file)
+  hint = shipped("controlnet-openpose")["conditioning_embedding_out_channels"]
+  assert networks["hint"] == tuple(hint)
+  text = shipped("sdxl/text_encoder_2")
+  assert networks["texts"][0].items() <= text.items()
 
 
 def test_failures_become_notes(capsys):
