@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.seed = 1234
   # The kernels of an autoencoder are ill-conditioned: colours vary a tenth as
-  # much as brightness. Adam takes three times the steps.
+  # much as brightness, and Adam learns them late.
   train.muon = True
   train.weight_decay = 0.01
   # Windows make more steps of the same work; whole canvases come last,

@@ -49,7 +49,7 @@ def make(
   its directions learn alike, and not those alone that learn fast. Its updates
   have the root mean square of Adam's (0.2; Liu et al. 2025, Eq. 4), hence the
   same rates. Kernels of convolutions are matrices from all they read to what
-  they give; embeddings and vectors are left to Adam.
+  they give; embeddings and vectors are left to Adam with Nesterov's momentum.
 
   Args:
     rates: {name: lr} of all trainable parameters.

@@ -61,7 +61,7 @@ def load(
     errors.UserError: no such file, a damaged one, no ControlNet, or a tensor
       that is missing, left over or of another shape.
   """
-  if config is None and is_folder(path):
+  if config is None and is_folder(path, variant=variant):
     return diffusers_folder.controlnet(
       path, variant=variant, stack_from=stack_from
     )
@@ -102,9 +102,9 @@ def read_config(
   return _open(path, None, unet)[0]
 
 
-def is_folder(path: single_file.Path) -> bool:
+def is_folder(path: single_file.Path, *, variant: str | None = None) -> bool:
   """Tells whether a path is a folder, or in one, that diffusers wrote."""
-  found = diffusers_folder.resolve(path)
+  found = diffusers_folder.resolve(path, variant=variant)
   return found.is_dir() or (found.parent / "config.json").is_file()
 
 

@@ -68,7 +68,7 @@ _CLASSES = {
 _STEM = "diffusion_pytorch_model"
 # A file of weights, or the index of its shards, and its precision.
 _WEIGHTS = re.compile(
-  r"(diffusion_pytorch_model|model)(\.(?P<a>[^.-]+))?(-\d+-of-\d+)?"
+  rf"({_STEM}|model)(\.(?P<a>[^.-]+))?(-\d+-of-\d+)?"
   r"\.safetensors(\.index(\.(?P<b>[^.]+))?\.json)?"
 )
 # Of a hub repository: the configurations, and weights of one format.
@@ -235,8 +235,7 @@ def weights(
     errors.UserError: no such folder, or not in this variant.
   """
   found, _ = _find(path, component, variant)
-  is_folder = variant is not None and found.is_dir()
-  return _variant(found, variant) if is_folder else found
+  return _variant(found, variant)
 
 
 def save(
@@ -299,10 +298,10 @@ def _load(
   path: Path, component: str, variant: str | None, stack_from: int
 ) -> tuple[Any, types.Params]:
   """Reads, renames and compares; all tensors fit, or none are returned."""
-  _, values = _find(path, component, variant)
+  found, values = _find(path, component, variant)
   kind = _kind(values, _CLASSES[component])
   config = kind.config.from_hf(values)
-  file = weights(path, component, variant=variant)
+  file = _variant(found, variant)
   tensors = hub.read_tensors(file)
   rules = kind.rules(config)
   if component == "vae" and any(".query." in name for name in tensors):
@@ -312,7 +311,10 @@ def _load(
   return config, diffusion_rules.stack_layers(params, stack_from=stack_from)
 
 
-def _variant(folder: pathlib.Path, variant: str) -> pathlib.Path:
+def _variant(folder: pathlib.Path, variant: str | None) -> pathlib.Path:
+  """Returns the file of a precision; the folder, or a file, as it is else."""
+  if variant is None or not folder.is_dir():
+    return folder
   names = (
     f"{_STEM}.{variant}.safetensors",
     f"{_STEM}.safetensors.index.{variant}.json",
