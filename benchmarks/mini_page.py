@@ -16,7 +16,7 @@ _HEAD = """# The small networks
 
 `dppp_jax/assets/mini` holds a whole stage A for machines without a GPU, a
 network or weights: an SDXL-type pipeline that diffusers loads, two ControlNets,
-three LoRAs, a U2-Net and two CLIPs. They draw paper dolls, because they have
+three LoRAs, a U2-Net and a CLIP. They draw paper dolls, because they have
 seen nothing else: **every number here is measured on drawings**, and none says
 how such networks do on photographs. `make pretrain` trains them again.
 
@@ -34,8 +34,8 @@ six skeletons; {steps} steps, guidance {guidance}, seed {seed}. The same readers
 are put to the canvases that the renderer draws for the same prompts: what they
 say of `drawn` is the best they can say.
 
-- *by CLIP*: zero-shot class of the six cells' mean feature, by the mini CLIP
-  that has seen drawn canvases (`clip-cells`; DPPP begins with another).
+- *by CLIP*: zero-shot class of the six cells' mean feature, by the mini CLIP,
+  which has seen drawn canvases and studio people, none of them these.
 - *by histogram*: naive Bayes over the colours of pixels inside the matte, where
   the skeleton says that the clothes are; no network.
 - *identity*: probability that two cells of one canvas are nearer to each other

@@ -45,7 +45,7 @@ class Stage:
 
   Args:
     assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/
-      and clip-cells/.
+      and clip/.
 
   Attributes:
     settings: "steps" and "guidance", of configs/geneperson.py:mini.
@@ -63,7 +63,7 @@ class Stage:
     self._mattes = matting.load(
       assets / "u2netp", size=canvases.LAYOUT.cell, batch_size=48
     )
-    self.encoder = zeroshot.load(assets / "clip-cells")
+    self.encoder = zeroshot.load(assets / "clip")
 
   def canvases(
     self, drawn: canvas_corpus.Corpus, *, pose: float = 1.0, grid: float = 1.0
@@ -172,7 +172,7 @@ def cards(assets: pathlib.Path) -> dict[str, Any]:
     "vae": "sdxl/vae",
     "u2netp": "u2netp",
     "loras": "loras",
-    "clip": "clip-cells",
+    "clip": "clip",
   }
   return {
     name: json.loads((assets / place / "metrics.json").read_text())

@@ -5,7 +5,8 @@
 
 Under two hours on 2 CPU cores, minutes on a GPU. Ends with the folder
 `workdir/clip` in the Hugging Face layout, its card with the measured zero-shot
-accuracies, and metrics.json. `:smoke` takes seconds and learns nothing.
+accuracies, and metrics.json; configs/pretrain_clip_cells.py goes on from there.
+`:smoke` takes seconds and learns nothing.
 """
 
 import ml_collections

@@ -1,14 +1,13 @@
-"""The mini CLIP that reads canvases: further lessons, on the cells of stage A.
+"""The mini CLIP's further lessons, on the cells of stage A.
 
   python launch/pretrain.py --config configs/pretrain_clip_cells.py \
     --workdir runs/pretrain_clip_cells
 
 Goes on from the CLIP of configs/pretrain_clip.py, whose studio people are
 mostly plain: on canvases all patterns are as frequent, and the light is softer.
-Only the vision tower learns; the text tower, which the mini SDXL has a copy of,
-stays as it is. Ends with the folder `workdir/clip`, which is shipped as
-assets/mini/clip-cells and tells whether a generated canvas shows what was asked
-for. DPPP begins with the one that has seen none. `:smoke` takes seconds.
+Only the vision tower learns; the text tower, which the mini SDXL begins with a
+copy of, stays as it is. Ends with the folder `workdir/clip`, which is shipped
+as assets/mini/clip. `:smoke` takes seconds and learns nothing.
 """
 
 import ml_collections

@@ -361,6 +361,7 @@ def test_pretraining_ends_with_a_clip_that_loads(capsys, tmp_path):
     np.testing.assert_array_equal(value, kept.astype(np.float16))
   metrics = json.loads((workdir / "clip" / "metrics.json").read_text())
   assert metrics["parameters"] == trees.count(params)
+  assert metrics["steps"] == 3 and metrics["seconds"] >= 0
   assert metrics["street"]["num_images"] == 8
   assert load.tokenizer(workdir / "clip")("black jacket")["input_ids"]
 

@@ -17,7 +17,7 @@ from dppp_jax.methods import clip_pretrain
 from dppp_jax.models import clip
 from dppp_jax.paperdoll import canvases, wardrobe
 from dppp_jax.paperdoll import corpus as corpus_lib
-from dppp_jax.pretraining import corpora, readback
+from dppp_jax.pretraining import cards, corpora, readback
 from dppp_jax.train import loop, run
 from dppp_jax.weights import export, load
 from dppp_jax.weights import tokenizer as tokenizer_lib
@@ -117,7 +117,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     mean=augment.mean,
     std=augment.std,
   )
-  metrics = measure(target, config, cache)
+  batch = {"batch_size": train["batch_size"]}
+  cost = cards.cost(folder, [phase | batch for phase in train["phases"]])
+  metrics = measure(target, config, cache) | cost
   run.write_json(target / "training.json", config)
   run.write_json(target / "metrics.json", metrics)
   (target / "README.md").write_text(card(config, metrics))
@@ -206,8 +208,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     f" people, world seed {data['seed']}"
     + (f", and cells of {cells} drawn canvases" if cells else ""),
     f"- Parameters: {metrics['parameters']:,}, stored in float16",
-    f"- Training: {sum(p['epochs'] for p in settings['phases'])} epochs"
-    f" of batches of {settings['batch_size']}, seed {settings['seed']}"
+    f"- Training: {metrics['steps']:,} steps of {settings['batch_size']}"
+    f" in {metrics['seconds']:,} seconds, seed {settings['seed']}"
     + (", after those of `configs/pretrain_clip.py`" if cells else ""),
     "- Input: 96 x 48 (H x W), mean = std = 0.5; position grid 6 x 6, resized",
     "- Licence: Apache-2.0",
