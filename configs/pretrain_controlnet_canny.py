@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.data = data = ml_collections.ConfigDict()
   data.kind = "canny"
-  data.num_canvases = 6_000
+  data.num_canvases = 3_000
   data.num_held_out = 64  # Of other people, for sheets and the card.
   data.seed = 0  # Of the drawn world.
   data.processes = 2

@@ -31,12 +31,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   data.base = "runs/pretrain_unet_more/sdxl"
 
   config.model = model = ml_collections.ConfigDict()
-  # Attention, and the convolutions, which are most of so small a network.
+  # All of the way up, where colours and lines are decided; the convolutions
+  # too, which are most of so small a network.
   model.targets = (
-    r".*/(attn[12]/to_(q|k|v|out_0)|ff/net_.*|proj_(in|out)|conv[12])|conv_out"
+    r"up_blocks_.*/(attn[12]/to_(q|k|v|out_0)|ff/net_.*|proj_(in|out)|conv[12])"
+    r"|conv_out"
   )
-  model.rank = 8
-  model.alpha = 8.0
+  model.rank = 3
+  model.alpha = 3.0
   model.layout = "kohya"
 
   config.train = train = ml_collections.ConfigDict()
@@ -52,8 +54,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       window=(24, 24),
       stride=(24, 12),
       batch_size=16,
-      epochs=4,
-      lr=2e-3,
+      epochs=2,
+      lr=3e-3,
       warmup=0.05,
       final=0.02,
     ),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dppp_jax import trees
-from dppp_jax.models import convolution
+from dppp_jax.models import convolution, winograd
 
 _SIZE = (2, 9, 6)
 _GROUPS = "feature_group_count"
@@ -68,6 +68,50 @@ def test_equals_flax(name, widths, joined, monkeypatch):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
       assert a.dtype == b.dtype == jnp.float64
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(9, 6), (8, 7), (1, 1), (2, 5), (4, 4)])
+@pytest.mark.parametrize("padding", [1, ((0, 2), (3, 1)), ((2, 1), (2, 2))])
+def test_winograd_equals_flax(size, padding, monkeypatch):
+  monkeypatch.setattr(convolution, "_MANY", 3)
+  used = []
+  for name in ("convolve", "kernel_gradient"):
+    plain = getattr(winograd, name)
+    monkeypatch.setattr(
+      winograd,
+      name,
+      lambda *words, f=plain: used.append(f.__name__) or f(*words),
+    )
+  case = dict(kernel_size=(3, 3), padding=padding)
+  rng = np.random.default_rng(2)
+  with jax.enable_x64(True):
+    x = jnp.asarray(rng.normal(size=(2, *size, 5)))
+    theirs, ours = _both(case, (5, 3), x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+  # The second convolution is the gradient of x, where it needs no cutting.
+  is_small = padding == 1 or padding[0][1] == 1
+  wanted = ["convolve", "kernel_gradient"]
+  assert sorted({*used}) == wanted
+  assert used.count("convolve") == (2 if is_small else 1)
+
+
+def test_winograd_is_as_exact_as_the_plain_way_in_float32():
+  rng = np.random.default_rng(3)
+  x, kernel = rng.normal(size=(2, 12, 9, 64)), rng.normal(size=(3, 3, 64, 48))
+  with jax.enable_x64(True):
+    exact = np.asarray(_plain(jnp.asarray(x), jnp.asarray(kernel)))
+  x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+  error = lambda y: np.linalg.norm(y - exact) / np.linalg.norm(exact)
+  ours = winograd.convolve(x, kernel, ((1, 1), (1, 1)))
+  assert error(ours) < 5e-7
+  assert error(_plain(x, kernel)) > 5e-8  # It rounds, too.
+
+
+def _plain(x, kernel):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -4,17 +4,19 @@
 is chosen when a program is traced for a CPU; on any other device XLA's own
 convolution and its gradients are used.
 
-On a CPU XLA's convolution is close to what the machine can do, with two
-exceptions. Its gradients fall back to plain loops wherever the program around
-them is itself a loop, a thousand times slower: here the gradient of the input
-is another convolution of the fast kind, and that of the kernel is matrix
-products. And operands in bfloat16 are widened, while products of matrices in
-bfloat16 run several times as fast as float32 on CPUs that have such
-instructions: there a wide convolution is a sum of shifted products.
+On a CPU three things are better done otherwise. XLA's gradients of convolutions
+fall back to plain loops wherever the program around them is itself a loop, a
+thousand times slower: here the gradient of the input is another convolution,
+and that of the kernel is matrix products. Wide 3x3 kernels need not multiply as
+often as they are written (`winograd.py`). And operands in bfloat16 are widened,
+while products of matrices in bfloat16 run several times as fast as float32 on
+CPUs that have such instructions: there a wide convolution is a sum of shifted
+products.
 """
 
 from collections.abc import Iterator, Sequence
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,12 +24,16 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
+from dppp_jax.models import winograd
 
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
 # From so many channels on shifted products in bfloat16 beat XLA's convolution.
 _WIDE = 48
 # Up to so many, columns are joined to make the products deeper.
 _JOINED = 96
+# From so many channels on, Winograd's products outweigh what it adds to them,
+# and up to so many numbers in a picture: it copies each four times.
+_MANY, _LARGE = 32, 2**25
 
 
 class Window(NamedTuple):
@@ -127,6 +133,8 @@ def convolve(x: types.Array, kernel: types.Array, window: Window) -> jax.Array:
   is_wide = x.dtype == jnp.bfloat16 and min(kernel.shape[2:]) >= _WIDE
   if is_point or is_wide:
     return by_products(x, kernel, window)
+  if _is_for_winograd(x, kernel.shape, window):
+    return winograd.convolve(x, kernel, window.padding)
   return jax.lax.conv_general_dilated(
     x,
     kernel,
@@ -192,6 +200,8 @@ def kernel_gradient(
   Each tap's is x^T dy, one of them shifted: the narrower, to copy less.
   """
   taps, (channels, features) = shape[:2], shape[2:]
+  if _is_for_winograd(x, shape, window):
+    return winograd.kernel_gradient(x, dy, window.padding)
   # A transposed operand keeps products in bfloat16 from being fast ones.
   is_half = x.dtype == jnp.bfloat16
   flat = lambda y: y.reshape(-1, y.shape[-1])
@@ -215,6 +225,19 @@ def kernel_gradient(
     found.append(jnp.swapaxes(one, 0, 1))
   dk = jnp.concatenate(found)[::-1].reshape(shape)
   return dk.astype(x.dtype)
+
+
+def _is_for_winograd(
+  x: types.Array, kernel: Sequence[int], window: Window
+) -> bool:
+  return (
+    tuple(kernel[:2]) == (3, 3)
+    and window.strides == window.dilation == (1, 1)
+    and min(kernel[2:]) >= _MANY
+    and min(min(pair) for pair in window.padding) >= 0
+    and x.dtype != jnp.bfloat16
+    and math.prod(x.shape) <= _LARGE
+  )
 
 
 def _turned_padding(
