@@ -403,7 +403,7 @@ def _draws(
 
 def _told_of_backgrounds(told: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what backgrounds depend on: on no ControlNet, and on no rule."""
-  other = ("controlnet", "u2net", "union")
+  other = ("controls", "u2net", "union")
   models = {k: v for k, v in told["models"].items() if not k.startswith(other)}
   text = {k: told["prompt"][k] for k in ("long", "pooled", "clip_skip")}
   return {
@@ -433,8 +433,11 @@ def _told(
     for slot in _SLOTS
     if f"lora_{slot}" in models
   }
+  # Which image a ControlNet is shown, not only which ones there are.
+  shown = [role for role in models if role.startswith("control_")]
+  controls = {role.removeprefix("control_"): models.pop(role) for role in shown}
   kinds = list(config["models"]["union_kinds"])
-  told["models"] = models | {"union_kinds": kinds}
+  told["models"] = models | {"controls": controls, "union_kinds": kinds}
   told["dtypes"] = {key: jnp.dtype(d).name for key, d in dtypes.items()}
   told["prompt"] = config["prompt"] | {"chunks": chunks}
   for group, key in (

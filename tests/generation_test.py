@@ -22,7 +22,7 @@ import PIL.Image
 import pytest
 import tiny_sdxl
 
-from dppp_jax import cli, devices, errors, trees
+from dppp_jax import cli, devices, errors, generation, trees
 from dppp_jax.data import images, shards
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.geneperson import (
@@ -34,6 +34,7 @@ from dppp_jax.geneperson import (
   networks,
   pose_bank,
   prompts,
+  store,
 )
 from dppp_jax.weights import diffusers_folder
 
@@ -377,6 +378,57 @@ def test_mistakes_leave_nothing_behind(
   assert not data_dir.exists()
 
 
+def _config(places, **models):
+  """Returns the paper's configuration of the small networks, and their places.
+
+  Args:
+    places: of the fixture.
+    **models: other ones; "" leaves one out.
+  """
+  config = cli.load_config("geneperson.py").to_dict()
+  given = places | {f"models.{key}": str(at) for key, at in models.items()}
+  for key, spec in given.items():
+    group, name = key.split(".")
+    config[group][name] = spec
+  return config, {key: pathlib.Path(at) for key, at in given.items() if at}
+
+
+def test_what_a_controlnet_is_shown_is_another_dataset(places, tmp_path):
+  """One net for the skeletons, for the grid, for both at once, and twice."""
+  net = places["models.pose_controlnet"]
+  copy = shutil.copytree(net, tmp_path / "copy")
+  other = places["models.grid_controlnet"]
+  told = []
+  for pose, grid in (
+    *((net, ""), ("", net), (net, net), (net, copy)),
+    *((net, other), (other, net), ("", "")),
+  ):
+    config, found = _config(places, pose_controlnet=pose, grid_controlnet=grid)
+    digests = networks.digests(config, found)
+    told.append(generation._told(config, digests, {}, 1))
+  assert told[4]["models"]["controls"].keys() == {"pose", "grid"}
+  assert len({store.fingerprint(one) for one in told}) == len(told)
+  grounds = [generation._told_of_backgrounds(one) for one in told]
+  assert len({store.fingerprint(one) for one in grounds}) == 1
+
+
+def test_a_networks_name_is_what_the_user_called_it(places, tmp_path):
+  """A hub's folder has the name of a commit."""
+  snapshot = tmp_path / "snapshots" / "0123abcd"
+  shutil.copytree(places["models.base"], snapshot)
+  config, found = _config(places, base="owner/sdxl")
+  found["models.base"] = snapshot
+  given = networks.digests(config, found)
+  names = {role: one["name"] for role, one in given.items()}
+  assert names == {
+    "base": "sdxl",
+    "control_pose": "pose",
+    "control_grid": "grid",
+    "u2net": "u2net.safetensors",
+    "lora_style": "style.safetensors",
+  }
+
+
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
@@ -385,7 +437,7 @@ def test_mistakes_leave_nothing_behind(
     ("sampler.steps=3", r"sampler\.steps is 2 there and 3 here"),
     ("loras.style_scale=0.6", r"style\.scale is 0\.5 there and 0\.6 here"),
     ("loras.style=", r"loras\.style is \{.*there and None here"),
-    ("models.grid_controlnet=", r"models\.controlnet_1 is '.*None here"),
+    ("models.grid_controlnet=", r"models\.controls\.grid is '.*None here"),
     ("rules.min_area=0.1", r"rules\.min_area is -1\.0 there and 0\.1 here"),
     ("sampler.dtype=bfloat16", r"dtypes\.sampler\.dtype is 'float32'"),
   ],
@@ -422,8 +474,6 @@ def test_long_prompts(places, capsys):
 
 
 def test_a_small_network_that_is_not_shipped_is_named(tmp_path, capsys):
-  from dppp_jax import generation
-
   gone = f"{generation._MINI}/controlnet-depth"
   error = _mistake(
     capsys,

@@ -62,6 +62,9 @@ def digests(
 ) -> dict[str, dict[str, str]]:
   """Returns {role: {"name", "sha256"}}; reads no weights.
 
+  ControlNets have the role of what they are shown: `control_pose` and
+  `control_grid`, or `control_pose_grid` for one union of both.
+
   Args:
     config: of configs/geneperson.py, as nested dicts.
     places: files and folders by their keys in it.
@@ -70,6 +73,10 @@ def digests(
     errors.UserError: a file is missing.
   """
   given = named("models", lambda: components.digests(**_base(config, places)))
+  controls = _controls(places)
+  shown = ("pose_grid",) if controls.both else controls.names
+  for k, name in enumerate(shown):
+    given[f"control_{name}"] = given.pop(components_lib.controlnet_name(k))
   given |= named(
     "models.u2net",
     lambda: digests_lib.describe(
@@ -80,7 +87,20 @@ def digests(
     f"lora_{slot}": sources.describe_lora(one)
     for slot, one in _loras(config, places).items()
   }
-  return given | named("loras", lambda: digests_lib.describe(loras))
+  given |= named("loras", lambda: digests_lib.describe(loras))
+  models = config["models"]
+  specs = {
+    "base": models["base"],
+    "control_pose": models["pose_controlnet"],
+    "control_grid": models["grid_controlnet"],
+    "control_pose_grid": models["pose_controlnet"],
+    "u2net": models["u2net"],
+    **{f"lora_{slot}": config["loras"][slot] for slot in SLOTS},
+  }
+  for role in given.keys() & specs.keys():
+    # In a hub's cache a folder has the name of a commit.
+    given[role]["name"] = pathlib.Path(specs[role]).name or given[role]["name"]
+  return given
 
 
 def base(
