@@ -429,6 +429,22 @@ def test_a_networks_name_is_what_the_user_called_it(places, tmp_path):
   }
 
 
+def test_a_folders_own_karras_sigmas_hold(places, tmp_path):
+  base = shutil.copytree(places["models.base"], tmp_path / "base")
+  file = base / "scheduler" / "scheduler_config.json"
+  given = json.loads(file.read_text()) | {"use_karras_sigmas": True}
+  file.write_text(json.dumps(given))
+  config, found = _config(places, base=base)
+  for scheduler, asked, holds in (
+    *(("", False, True), ("euler", False, False), ("euler", True, True)),
+    ("euler_ancestral", False, False),
+  ):
+    config["sampler"] |= {
+      "scheduler": scheduler, "k_diffusion": False, "karras": asked
+    }  # fmt: skip
+    assert networks.base(config, found).scheduler.karras == holds
+
+
 @pytest.mark.parametrize(
   ("flag", "message"),
   [

@@ -117,11 +117,10 @@ def base(
   method = config["sampler"]["scheduler"] or None
   find = lambda: sources.base(path, **given).parts(method=method)
   parts = named("models.base", find)
-  steps = parts.scheduler
   if config["sampler"]["k_diffusion"]:
-    steps = schedulers.k_diffusion(steps)
-  steps = dataclasses.replace(steps, karras=config["sampler"]["karras"])
-  return dataclasses.replace(parts, scheduler=steps)
+    steps = schedulers.k_diffusion(parts.scheduler)
+    parts = dataclasses.replace(parts, scheduler=steps)
+  return _spaced(config, parts)
 
 
 def control_names(places: Mapping[str, pathlib.Path]) -> tuple[str, ...]:
@@ -168,11 +167,18 @@ def load(
   arrange, kinds = _arrange(
     controls, parts, tuple(config["models"]["union_kinds"])
   )
-  steps = dataclasses.replace(
-    parts.scheduler, karras=config["sampler"]["karras"]
-  )
-  parts = dataclasses.replace(parts, scheduler=steps)
+  parts = _spaced(config, parts)
   return Networks(parts, mattes, arrange, kinds, controls.names)
+
+
+def _spaced(
+  config: Mapping[str, Any], parts: components_lib.Components
+) -> components_lib.Components:
+  """Sets Karras sigmas: those asked for, or those of a folder's own sampler."""
+  given, steps = config["sampler"], parts.scheduler
+  is_own = not given["scheduler"] and steps.karras
+  steps = dataclasses.replace(steps, karras=given["karras"] or is_own)
+  return dataclasses.replace(parts, scheduler=steps)
 
 
 def _base(
