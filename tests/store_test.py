@@ -212,6 +212,22 @@ def test_two_stripes_that_end_together_finalise_once(tmp_path):
   assert sorted(identities(tmp_path)) == list(range(12))
 
 
+def test_the_second_of_two_stripes_counts_what_the_first_wrote(
+  tmp_path, monkeypatch
+):
+  missing = store_lib.Store.missing
+
+  def meanwhile(store):
+    monkeypatch.setattr(store_lib.Store, "missing", missing)
+    assert run(tmp_path, num_identities=4, shard=(1, 2)).finished
+    return missing(store)
+
+  monkeypatch.setattr(store_lib.Store, "missing", meanwhile)
+  outcome = run(tmp_path, num_identities=4, shard=(0, 2))
+  assert outcome.finished and outcome.made == 2
+  assert (outcome.cells, outcome.images) == (16, 16)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_ends_between_two_people(whole, tmp_path, number):
   process = start(tmp_path, 60, 0.02)

@@ -9,8 +9,10 @@ import collections
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 import dataclasses
+import functools
 import io
 import itertools
+import json
 import os
 import pathlib
 from typing import Any
@@ -180,16 +182,14 @@ def run(
     missing = store.missing()
     if missing:
       return Outcome(store.folder, False, made, missing, signals.number)
-    totals = {}
-
-    def describe(entries: Sequence[store_lib.Entry]) -> dict[str, Any]:
-      told = manifest.describe(
-        entries, source=source, seed=seed, about=about or {}
+    folder = store.finalize(
+      functools.partial(
+        manifest.describe, source=source, seed=seed, about=about
       )
-      totals.update(cells=told["cells"], images=told["images"])
-      return told
-
-    folder = store.finalize(describe)
+    )
+  # Another stripe may have been the last, and have written it.
+  told = json.loads((folder / "manifest.json").read_text())
+  totals = {key: told[key] for key in ("cells", "images")}
   return Outcome(folder, True, made, 0, **totals)
 
 
