@@ -342,10 +342,45 @@ def test_hostile_pickle_runs_nothing(tmp_path):
   assert not (tmp_path / "exploded").exists()
 
 
+def _field(number, value):
+  """One field of a protobuf message: a varint below 128, or bytes."""
+  if isinstance(value, int):
+    return bytes([number << 3, value])
+  return bytes([number << 3 | 2, len(value)]) + value
+
+
+def _onnx(*tensor):
+  node = (
+    _field(1, b"x") + _field(1, b"w") + _field(2, b"y") + _field(4, b"Conv")
+  )
+  graph = _field(1, node) + _field(5, b"".join(tensor))
+  return _field(7, graph)
+
+
+@pytest.mark.parametrize(
+  "fields,words",
+  [
+    ((_field(2, 1), _field(9, 3)), "a number where bytes were expected"),
+    ((_field(2, 1), _field(4, 3)), "a number where bytes were expected"),
+    ((_field(2, 16), _field(9, b"12")), "Conv of numbers that are no float32"),
+    ((_field(2, 1), _field(9, b"1234")), r"Conv with a kernel of shape \(\)"),
+  ],
+)
+def test_malformed_onnx_is_refused(tmp_path, fields, words):
+  path = tmp_path / "u2net.onnx"
+  path.write_bytes(_onnx(_field(8, b"w"), *fields))
+  with pytest.raises(errors.UserError, match=words):
+    weights.load(path)
+
+
 def test_other_networks_are_refused(oracle, tmp_path):
   state = oracle.state_dict()
   torch.save({"conv.weight": torch.zeros(3, 3)}, tmp_path / "a.pth")
   with pytest.raises(errors.UserError, match="no U2-Net"):
+    weights.load(tmp_path / "a.pth")
+  odd = state | {"stage1.rebnconvin.conv_s1.weight": torch.zeros(())}
+  torch.save(odd, tmp_path / "a.pth")
+  with pytest.raises(errors.UserError, match=r"no U2-Net .*stage1\.rebnconvin"):
     weights.load(tmp_path / "a.pth")
   cut = {k: v for k, v in state.items() if not k.startswith("side3")}
   torch.save(cut, tmp_path / "b.pth")

@@ -83,6 +83,8 @@ def _convs(data: memoryview, path: pathlib.Path) -> list[Conv]:
       tensors[outputs[0]] = tensors[inputs[0]]  # One tensor for two uses.
     elif op == "Conv":
       weight, *bias = (_look_up(tensors, name, op) for name in inputs[1:])
+      if weight.ndim != 4:
+        raise ValueError(f"Conv with a kernel of shape {weight.shape}")
       made[outputs[0]] = Conv(weight, bias[0] if bias else None)
       convs.append(made[outputs[0]])
     elif op == "BatchNormalization" and inputs[0] in made:
@@ -95,6 +97,8 @@ def _convs(data: memoryview, path: pathlib.Path) -> list[Conv]:
 def _look_up(tensors: dict[str, np.ndarray], name: str, op: str) -> np.ndarray:
   if name not in tensors:
     raise ValueError(f"{op} without its tensor {name!r}")
+  if tensors[name] is None:
+    raise ValueError(f"{op} of numbers that are no float32, float16 or float64")
   return tensors[name]
 
 
@@ -124,9 +128,9 @@ def _tensor(
     elif number == _TENSOR_NAME:
       name = _text(value)
     elif number == _TENSOR_RAW:
-      raw = value
+      raw = _raw(value)
     elif number == _TENSOR_FLOATS:
-      floats.append(bytes(value))
+      floats.append(_raw(value))
     elif number == _TENSOR_LOCATION and value:
       raise errors.UserError(
         f"{path} keeps its numbers in another file: export it in one file"
@@ -140,10 +144,14 @@ def _tensor(
   return name, np.frombuffer(data, dtype.newbyteorder("<")).reshape(dims)
 
 
-def _text(value: memoryview | int) -> str:
+def _raw(value: memoryview | int) -> memoryview:
   if isinstance(value, int):
-    raise ValueError("a number where a name was expected")
-  return bytes(value).decode("utf-8")
+    raise ValueError("a number where bytes were expected")
+  return value
+
+
+def _text(value: memoryview | int) -> str:
+  return bytes(_raw(value)).decode("utf-8")
 
 
 def _varints(data: memoryview) -> list[int]:
@@ -169,9 +177,7 @@ def _fields(
   data: memoryview | int,
 ) -> Iterator[tuple[int, memoryview | int]]:
   """Yields (field number, value) of a message: int, or the raw bytes."""
-  if isinstance(data, int):
-    raise ValueError("a number where a message was expected")
-  at = 0
+  data, at = _raw(data), 0
   while at < len(data):
     tag, at = _varint(data, at)
     number, wire = tag >> 3, tag & 7

@@ -103,20 +103,22 @@ def _config(
 ) -> u2net.Config:
   """Reads the widths off the shapes."""
 
-  def width(stage: str) -> tuple[int, int]:
-    first = tensors[f"{stage}.rebnconvin.conv_s1.weight"]
-    inner = tensors[f"{stage}.rebnconv1.conv_s1.weight"]
-    return inner.shape[0], first.shape[0]
+  def channels(name: str) -> int:
+    kernel = tensors.get(f"{name}.conv_s1.weight")
+    if kernel is None or kernel.ndim != 4:
+      raise errors.UserError(
+        f"{path} is no U2-Net (it has no kernel {name}.conv_s1.weight): give"
+        " u2net.pth, u2netp.pth or u2net_human_seg.pth, or their .onnx"
+      )
+    return kernel.shape[0]
 
-  try:
-    return u2net.Config(
-      tuple(map(width, u2net.ENCODER)), tuple(map(width, u2net.DECODER))
-    )
-  except KeyError as error:
-    raise errors.UserError(
-      f"{path} is no U2-Net ({error.args[0]} is missing): give u2net.pth,"
-      " u2netp.pth or u2net_human_seg.pth, or their .onnx"
-    ) from error
+  width = lambda stage: (
+    channels(f"{stage}.rebnconv1"),
+    channels(f"{stage}.rebnconvin"),
+  )
+  return u2net.Config(
+    tuple(map(width, u2net.ENCODER)), tuple(map(width, u2net.DECODER))
+  )
 
 
 def _in_order() -> list[str]:
