@@ -35,7 +35,7 @@ from dppp_jax.geneperson import (
 )
 from dppp_jax.geneperson import networks as networks_lib
 from dppp_jax.paperdoll import world
-from dppp_jax.weights import diffusers_folder
+from dppp_jax.weights import diffusers_folder, u2net
 
 _MINI = "dppp_jax/assets/mini"
 _SLOTS = networks_lib.SLOTS
@@ -312,8 +312,10 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
   found = {}
   for key in filter(given.get, order):
     path = _shipped(given[key])
-    resolve = functools.partial(diffusers_folder.resolve, path, variant=variant)
-    found[key] = networks_lib.named(key, resolve)
+    resolve = functools.partial(diffusers_folder.resolve, variant=variant)
+    if key == "models.u2net":
+      resolve = u2net.resolve
+    found[key] = networks_lib.named(key, functools.partial(resolve, path))
   return {key: found[key] for key in given if key in found}
 
 

@@ -212,6 +212,11 @@ def test_folders_of_both_kinds(tmp_path):
   np.testing.assert_array_equal(
     flat["controlnet_mid_block/kernel"], want["controlnet_mid_block/kernel"]
   )
+  # In one precision only, beside a base in several.
+  assert (
+    diffusers_folder.controlnet(tmp_path / "controlnet", variant="fp16")[0]
+    == config
+  )
   # As some are published: another file name beside config.json.
   folder = tmp_path / "controlnet"
   file = folder / "OpenPoseXL2.safetensors"

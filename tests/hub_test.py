@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from dppp_jax import errors
-from dppp_jax.weights import diffusers_folder
+from dppp_jax.weights import diffusers_folder, u2net
 
 _STEM = "diffusion_pytorch_model"
 # As the repositories of SDXL and of its ControlNets are laid out.
@@ -94,6 +94,45 @@ def test_variants_alone_are_fetched_for_whoever_reads_them(
   monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
   diffusers_folder.resolve("a/net")
   assert sorted(fetched[0]) == files
+
+
+def test_files_of_torch_where_there_are_no_others(fetched, monkeypatch):
+  files = [
+    "model_index.json",
+    *(f"unet/{_STEM}.bin", f"unet/{_STEM}.fp16.bin"),
+    *("text_encoder/pytorch_model.bin", "text_encoder/training_args.bin"),
+    *(f"vae/{_STEM}.safetensors", f"vae/{_STEM}.bin"),
+  ]
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
+  diffusers_folder.resolve("a/old")
+  assert sorted(fetched[0]) == [
+    "model_index.json",
+    "text_encoder/pytorch_model.bin",
+    f"unet/{_STEM}.bin",
+    f"vae/{_STEM}.safetensors",
+  ]
+  # Beside a name that is none of the usual ones.
+  files[:] = ["OpenPoseXL2.safetensors", f"{_STEM}.bin", "config.json"]
+  diffusers_folder.resolve("a/net")
+  assert sorted(fetched[1]) == ["OpenPoseXL2.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize(
+  "files,wanted",
+  [
+    (["u2net.pth", "README.md"], ["u2net.pth"]),
+    (["u2net.pth", "u2net.onnx"], ["u2net.onnx"]),
+    (
+      ["pytorch_model.bin", "config.json"],
+      ["pytorch_model.bin", "config.json"],
+    ),
+    (["a.safetensors", "a.onnx", "a.pth"], ["a.safetensors"]),
+  ],
+)
+def test_one_format_of_a_u2net(fetched, monkeypatch, files, wanted):
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
+  u2net.resolve("a/u2net")
+  assert fetched == [wanted]
 
 
 def test_without_a_list_the_cache_is_asked_for_all(fetched):

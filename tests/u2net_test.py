@@ -162,7 +162,7 @@ def saved(oracle, tmp_path_factory):
 
 def test_equals_torch_in_float64(oracle, saved):
   """Odd sizes: pools round up, ups meet their skip and not twice the size."""
-  config, variables = weights.load(saved)
+  config, variables = weights.load(saved.parent)  # A folder with the file.
   assert config == TINY
   images = _images()
   double = TorchU2Net(TINY).double().eval()

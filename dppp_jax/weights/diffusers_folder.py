@@ -66,12 +66,12 @@ _CLASSES = {
 }
 
 _STEM = "diffusion_pytorch_model"
-# A file of weights, or the index of its shards, and its precision.
+# A file of weights, or the index of its shards, its precision and format.
 _WEIGHTS = re.compile(
-  rf"({_STEM}|model)(\.(?P<a>[^.-]+))?(-\d+-of-\d+)?"
-  r"\.safetensors(\.index(\.(?P<b>[^.]+))?\.json)?"
+  rf"({_STEM}|(pytorch_)?model)(\.(?P<a>[^.-]+))?(-\d+-of-\d+)?"
+  r"\.(?P<form>safetensors|bin)(\.index(\.(?P<b>[^.]+))?\.json)?"
 )
-# Of a hub repository: the configurations, and weights of one format.
+# Of a hub repository: the configurations and weights.
 _PATTERNS = (
   "*.json",
   "*/*.json",
@@ -79,6 +79,7 @@ _PATTERNS = (
   "*/*.txt",
   "*.safetensors",
   "*/*.safetensors",
+  "*pytorch_model*.bin",
 )
 
 
@@ -108,11 +109,15 @@ def _needed(files: Sequence[str], *, variant: str | None) -> list[str]:
     folder, _, name = file.rpartition("/")
     found = _WEIGHTS.fullmatch(name)
     if found:
-      precision = found["a"] or found["b"]
-      folders.setdefault(folder, {}).setdefault(precision, []).append(file)
+      precisions = folders.setdefault((folder, found["form"]), {})
+      precisions.setdefault(found["a"] or found["b"], []).append(file)
     elif folder or not is_pipeline or not name.endswith(".safetensors"):
       kept.append(file)
-  for precisions in folders.values():
+  is_safe = lambda file: file.endswith(".safetensors")
+  safe = {file.rpartition("/")[0] for file in filter(is_safe, files)}
+  for (folder, form), precisions in folders.items():
+    if form == "bin" and folder in safe:
+      continue  # The same weights.
     wanted = variant if variant in precisions else None
     # None of both: whoever reads them says what there is.
     every = [file for some in precisions.values() for file in some]
@@ -150,7 +155,7 @@ def controlnet(
 
   Args:
     path: as in `unet`; of a pipeline its first ControlNet.
-    variant: as in `unet`.
+    variant: as in `unet`; where it is absent, what there is is read.
     stack_from: as in `unet`.
 
   Returns:
@@ -170,7 +175,7 @@ def controlnets(
 
   Args:
     path: folder of a pipeline.
-    variant: as in `unet`.
+    variant: as in `controlnet`.
     stack_from: as in `unet`.
 
   Returns:
@@ -229,13 +234,13 @@ def weights(
   Args:
     path: as in `unet`.
     component: `unet`, `vae` or `controlnet`.
-    variant: as in `unet`.
+    variant: as in `unet` or `controlnet`.
 
   Raises:
     errors.UserError: no such folder, or not in this variant.
   """
   found, _ = _find(path, component, variant)
-  return _variant(found, variant)
+  return _variant(found, component, variant)
 
 
 def save(
@@ -301,7 +306,7 @@ def _load(
   found, values = _find(path, component, variant)
   kind = _kind(values, _CLASSES[component])
   config = kind.config.from_hf(values)
-  file = _variant(found, variant)
+  file = _variant(found, component, variant)
   tensors = hub.read_tensors(file)
   rules = kind.rules(config)
   if component == "vae" and any(".query." in name for name in tensors):
@@ -311,7 +316,9 @@ def _load(
   return config, diffusion_rules.stack_layers(params, stack_from=stack_from)
 
 
-def _variant(folder: pathlib.Path, variant: str | None) -> pathlib.Path:
+def _variant(
+  folder: pathlib.Path, component: str, variant: str | None
+) -> pathlib.Path:
   """Returns the file of a precision; the folder, or a file, as it is else."""
   if variant is None or not folder.is_dir():
     return folder
@@ -322,6 +329,8 @@ def _variant(folder: pathlib.Path, variant: str | None) -> pathlib.Path:
   for name in names:
     if (folder / name).is_file():
       return folder / name
+  if component == "controlnet":
+    return folder  # Each is published apart, many in one precision only.
   raise errors.UserError(
     f"{folder} has no variant {variant!r}: {names[0]} is missing; leave the"
     " variant out to read what is there"

@@ -221,7 +221,7 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
     for stem in _STEMS:
       if (path := folder / f"{stem}{form}").is_file():
         return path
-  for suffix in (".safetensors", ".bin", ".pt"):
+  for suffix in (".safetensors", ".bin", ".pt", ".pth"):
     found = sorted(folder.glob(f"*{suffix}"))
     if len(found) == 1:
       return found[0]

@@ -1,6 +1,6 @@
 """U2-Net's checkpoints: the published .pth, .safetensors, and rembg's .onnx."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
@@ -14,6 +14,8 @@ from dppp_jax.models import u2net
 from dppp_jax.weights import convert, export, hub, onnx
 
 Rule = convert.Rule
+# Of what is fetched; the first one that there is, torch's last.
+_SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".bin")
 _EPSILON = 1e-5  # Of the batch norms.
 
 
@@ -60,9 +62,30 @@ def load(
   return config, trees.merge(shapes(config), given, where=str(path))
 
 
+def resolve(spec: str | pathlib.Path) -> pathlib.Path:
+  """Returns the local file or folder; of a hub's, one format is fetched.
+
+  Raises:
+    errors.UserError: see `hub.resolve`.
+  """
+  return hub.resolve(
+    spec,
+    patterns=["*.json", *(f"*{suffix}" for suffix in _SUFFIXES)],
+    has_weights=False,
+    choose=_one_format,
+  )
+
+
+def _one_format(files: Sequence[str]) -> list[str]:
+  for suffix in _SUFFIXES:
+    if any(file.endswith(suffix) for file in files):
+      return [file for file in files if file.endswith((suffix, ".json"))]
+  return list(files)
+
+
 def locate(spec: str | pathlib.Path) -> pathlib.Path:
   """Returns the file or folder that `load` reads."""
-  path = hub.resolve(spec)
+  path = resolve(spec)
   if path.is_dir() and len(found := sorted(path.glob("*.onnx"))) == 1:
     return found[0]
   return path
