@@ -230,11 +230,21 @@ def test_refuses_broken_vocabularies(raw, tmp_path, change, words):
   assert "mine.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  "template", ["{gender!x}", "{gender:d}", "{lighting:>{skin}}", "{gender!r}"]
+)
+def test_refuses_placeholders_with_a_format(people, template):
+  with pytest.raises(errors.UserError, match="takes no format: leave out"):
+    people[0].prompt(template)
+
+
 def test_refuses_unknown_placeholders(people):
   with pytest.raises(errors.UserError, match="shoes"):
     people[0].prompt("a {gender} in {shoes}")
   with pytest.raises(errors.UserError, match="template"):
     people[0].prompt("a {gender")
+  with pytest.raises(errors.UserError, match=r"\{\} is no attribute"):
+    people[0].prompt("a {}")
 
 
 def test_rules_that_leave_nothing_are_named(raw):

@@ -185,11 +185,17 @@ def places(
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
   try:
-    fields = {name for _, name, _, _ in string.Formatter().parse(template)}
+    parts = list(string.Formatter().parse(template))
   except ValueError as error:
     raise errors.UserError(f"template {template!r}: {error}") from error
-  if unknown := sorted(fields - set(values) - {None}):
-    raise errors.UserError(
-      f"template: {{{unknown[0]}}} is no attribute: use {', '.join(values)}"
-    )
+  for _, name, form, conversion in parts:
+    if name is not None and name not in values:
+      raise errors.UserError(
+        f"template: {{{name}}} is no attribute: use {', '.join(values)}"
+      )
+    if form or conversion:
+      raise errors.UserError(
+        f"template: {{{name}}} takes no format: leave out what is behind it in"
+        " the braces"
+      )
   return template.format(**values)
