@@ -213,12 +213,25 @@ def test_merge_checks_every_word(raw):
     (lambda raw: raw["color"].append("Black"), "twice"),
     (lambda raw: raw["color"].append("t33l"), "letters"),
     (lambda raw: raw["skin"].append("sexy"), "forbidden"),
-    (lambda raw: raw["body"].pop("man"), "should be the same"),
+    (lambda raw: raw["body"].pop("man"), "should be for woman, man"),
     (
       lambda raw: raw["rules"][0]["when"].update(upper_type=["toga"]),
       "toga",
     ),
     (lambda raw: raw["rules"].append({"if": 1}), "a rule has"),
+    # Of another type.
+    (lambda raw: raw.update(color=[1, 2]), "color should be a list of words"),
+    (lambda raw: raw.update(skin=None), "skin should be a list of words"),
+    (lambda raw: raw.update(upper_color=3), "upper_color should be a list of"),
+    (lambda raw: raw.update(gender=3), "gender should be a list of words"),
+    (lambda raw: raw.update(gender={"man": ["man"]}), "gender is for man and"),
+    (lambda raw: raw.update(place=["a street"]), "should be for outdoors, ind"),
+    (lambda raw: raw["place"].pop("indoors"), "place is for outdoors and"),
+    (lambda raw: raw.update(rules={}), "rules should be a list"),
+    (lambda raw: raw["rules"].append(3), "a rule has .*, not 3"),
+    (lambda raw: raw["rules"][0].update(when=["a"]), "when of the rule"),
+    (lambda raw: raw["rules"][0]["when"].update(skin=3), "when of the rule"),
+    (lambda raw: raw["rules"][0]["when"].update(rules=["a"]), "in no list"),
   ],
 )
 def test_refuses_broken_vocabularies(raw, tmp_path, change, words):
@@ -228,6 +241,12 @@ def test_refuses_broken_vocabularies(raw, tmp_path, change, words):
   with pytest.raises(errors.UserError, match=words) as caught:
     vocabulary.load(path)
   assert "mine.json" in str(caught.value)
+
+
+def test_refuses_a_vocabulary_that_is_no_object(tmp_path):
+  (tmp_path / "mine.json").write_text("3")
+  with pytest.raises(errors.UserError, match=r"mine\.json holds no JSON objec"):
+    vocabulary.load(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ _LISTS = (
   "gender", "place", "forbidden", "color", "hair_color",
   *(key for key in OUTFIT + EXTRAS if not key.endswith("_color")),
 )  # fmt: skip
+_PLAIN = ("gender", "forbidden")
 _MAX_CHARS, _MAX_WORDS = 40, 5
 # Long phrases on purpose: tags of a background, of a light.
 _PHRASES = ("place", "lighting")
@@ -177,17 +178,28 @@ def _bare(word: str) -> str:
   return re.sub(r"[^a-z]", "", word.lower()).removesuffix("s")
 
 
-def _check(raw: Mapping[str, Any], where: str) -> None:
+def _is_words(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+def _check(raw: Any, where: str) -> None:
   """Raises a UserError for a vocabulary that cannot be drawn from."""
+  if not isinstance(raw, Mapping):
+    raise errors.UserError(f"{where} holds no JSON object: begin from {PATH}")
   if missing := [k for k in (*_LISTS, "rules") if k not in raw]:
     raise errors.UserError(f"{where} lacks the lists {', '.join(missing)}")
-  for key in _LISTS:
+  keys = dict.fromkeys((*_LISTS, *(key for key in OUTFIT if key in raw)))
+  for key in keys:  # Of them "gender" is the first.
     parts = raw[key] if isinstance(raw[key], Mapping) else {"": raw[key]}
-    genders = key == "place" or parts.keys() in ({""}, set(raw["gender"]))
-    if not genders:
+    if not all(map(_is_words, parts.values())):
+      raise errors.UserError(f"{where}: {key} should be a list of words")
+    wanted = ["outdoors", "indoors"] if key == "place" else raw["gender"]
+    is_plain = parts.keys() == {""} and key != "place"
+    if not is_plain and (key in _PLAIN or parts.keys() != set(wanted)):
+      form = "a list" if key in _PLAIN else f"for {', '.join(wanted)}"
       raise errors.UserError(
-        f"{where}: {key} is for {', '.join(parts)}, and gender is"
-        f" {', '.join(raw['gender'])}: they should be the same"
+        f"{where}: {key} is for {', '.join(parts) or 'nothing'} and should be"
+        f" {form}"
       )
     for words in parts.values():
       known = [_bare(word) for word in words]
@@ -200,14 +212,28 @@ def _check(raw: Mapping[str, Any], where: str) -> None:
         for fault in (_fault(tag, raw["forbidden"]) for tag in tags):
           if fault:
             raise errors.UserError(f"{where}: {key}: {word!r} {fault}")
+  if not isinstance(raw["rules"], list):
+    raise errors.UserError(f"{where}: rules should be a list")
   for rule in raw["rules"]:
-    if "why" not in rule or not rule.keys() <= {"why", "when", "only", "not"}:
+    known = {"why", "when", "only", "not"}
+    if not isinstance(rule, Mapping) or not {"why"} <= rule.keys() <= known:
       raise errors.UserError(
-        f"{where}: a rule has why, when, and only or not, not {list(rule)}"
+        f"{where}: a rule has why, when, and only or not, not"
+        f" {list(rule) if isinstance(rule, Mapping) else rule!r}"
       )
     for part in ("when", "only", "not"):
-      for key, words in rule.get(part, {}).items():
-        lists = raw.get(key, raw["color"] if key in OUTFIT else ())
+      given = rule.get(part, {})
+      if not isinstance(given, Mapping) or not all(
+        map(_is_words, given.values())
+      ):
+        raise errors.UserError(
+          f"{where}: {part} of the rule {rule['why']!r} should give lists of"
+          " words by attribute"
+        )
+      for key, words in given.items():
+        lists = raw[key] if key in keys else ()
+        if key in OUTFIT and key not in keys:
+          lists = raw["color"]
         lists = lists.values() if isinstance(lists, Mapping) else [lists]
         unknown = set(words) - {word for words in lists for word in words}
         if unknown:
