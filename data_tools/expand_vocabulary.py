@@ -4,6 +4,7 @@ python data_tools/expand_vocabulary.py --endpoint http://127.0.0.1:8080/v1 \
     --model NAME --out vocabulary.json
 """
 
+import http.client
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ _QUESTIONS = {
   "hair_color": "Please list specific hair color names",
   "skin": "Please list the common skin colors",
 }
+_FAULTS = (OSError, ValueError, LookupError, TypeError)
 _FORM = "? Answer with a JSON array of short lower-case English phrases only."
 
 
@@ -42,8 +44,8 @@ def define_flags():
 def main(args) -> None:
   """Writes the longer vocabulary; prints what was added and refused."""
   out = pathlib.Path(args.out)
-  if out.exists():
-    raise errors.UserError(f"{out} exists: give another --out")
+  if out.exists() or not out.parent.is_dir():
+    raise errors.UserError(f"{out} exists, or has no folder: change --out")
   raw = vocabulary.load(args.vocabulary).raw
   for key in logs.progress(args.ask, desc="asking", unit="list"):
     for gender in raw["gender"] if isinstance(raw[key], dict) else [None]:
@@ -68,8 +70,9 @@ def _ask(args, question: str) -> str:
   try:
     request = urllib.request.Request(url, body, head)
     with urllib.request.urlopen(request, timeout=120) as reply:
-      return json.load(reply)["choices"][0]["message"]["content"]
-  except (OSError, ValueError, LookupError, TypeError) as error:
+      answer = json.load(reply)["choices"][0]["message"]["content"]
+      return str.strip(answer)  # A TypeError where it is no text.
+  except (*_FAULTS, http.client.HTTPException) as error:
     raise errors.UserError(f"{url} gave no answer ({error!r})") from error
 
 

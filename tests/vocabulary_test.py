@@ -183,6 +183,12 @@ def test_parses_what_models_answer():
     "\n\u2022 plum (dark)\nHope it helps."
   ) == ["teal", "rust", "sea green", "plum"]
   assert parse("I cannot do that.") == []
+  # A footnote is no list, and neither is one of numbers.
+  assert parse("As [1] and [2, 3] say:\n- sea green\n- plum") == [
+    "sea green",
+    "plum",
+  ]
+  assert parse('See [1]:\n["Teal"]') == ["teal"]
 
 
 def test_merge_checks_every_word(raw):
@@ -290,6 +296,8 @@ class _Stub(http.server.BaseHTTPRequestHandler):
     elif "hairstyles" in question:
       answer = '["crown braid"]'
     reply = {"choices": [{"message": {"content": answer}}]}
+    if "silent" in self.path:
+      reply = {"choices": [{"message": {"content": None}}]}
     if "broken" in self.path:
       reply = {"error": "no such model"}
     data = json.dumps(reply).encode()
@@ -346,9 +354,30 @@ def test_tool_asks_and_merges(server, tmp_path, monkeypatch, capsys):
   assert "exists" in capsys.readouterr().err
 
 
-def test_tool_says_what_went_wrong(server, tmp_path, monkeypatch, capsys):
-  out = tmp_path / "more.json"
-  args = ("--endpoint", f"{server}/broken", "--model", "m", "--out", str(out))
+@pytest.mark.parametrize(
+  "endpoint,words",
+  [
+    ("{server}/broken", "gave no answer"),
+    ("{server}/silent", "gave no answer (TypeError"),
+    ("http://127.0.0.1:port/v1", "gave no answer"),
+    ("nowhere", "gave no answer"),
+  ],
+)
+def test_tool_says_what_went_wrong(
+  server, tmp_path, monkeypatch, capsys, endpoint, words
+):
+  out, endpoint = tmp_path / "more.json", endpoint.format(server=server)
+  args = ("--endpoint", endpoint, "--model", "m", "--out", str(out))
   assert _run_tool(monkeypatch, *args) == 2
-  assert "gave no answer" in capsys.readouterr().err
+  assert words in capsys.readouterr().err
   assert not out.exists()
+
+
+def test_tool_asks_nothing_where_it_cannot_write(
+  server, tmp_path, monkeypatch, capsys
+):
+  out = tmp_path / "no" / "more.json"
+  args = ("--endpoint", f"{server}/v1", "--model", "m", "--out", str(out))
+  assert _run_tool(monkeypatch, *args) == 2
+  assert "exists, or has no folder" in capsys.readouterr().err
+  assert not _Stub.asked

@@ -114,12 +114,13 @@ def parse_answer(text: str) -> list[str]:
   or a dash, bold marks and a closing full stop are dropped, and so are lines
   that introduce the list.
   """
-  found = re.search(r"\[[^\[\]]*\]", text, re.DOTALL)
-  if found:
+  for found in re.findall(r"\[[^\[\]]*\]", text):
     try:
-      return [str(item).strip().lower() for item in json.loads(found[0])]
+      items = json.loads(found)
     except ValueError:
-      pass
+      continue
+    if items and _is_words(items):  # And no footnote.
+      return [item.strip().lower() for item in items]
   items = []
   for line in text.splitlines():
     m = re.match(r"\s*(?:[-*\u2022]|\d+[.)])\s+(.*)", line)
