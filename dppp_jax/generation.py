@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax import cli, devices, errors, types
-from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import sampler as sampler_lib
-from dppp_jax.diffusion import schedulers
 from dppp_jax.geneperson import (
   backgrounds,
   canvas,
+  checks,
   identity,
   maker,
   pipeline,
@@ -81,7 +80,9 @@ def build(
       f"--config.maker={config['maker']}: choose one of {', '.join(makers)}"
     )
   config = dict(config)
+  checks.finite(config)
   pipeline.check_size(config["image_size"])
+  pipeline.check_quality(config["quality"])
   if config["seed"] < 0:
     raise errors.UserError(f"seed={config['seed']}: must not be negative")
   pipeline.check_positive(
@@ -119,7 +120,7 @@ def _options(config: dict[str, Any], source: str) -> dict[str, Any]:
 def _diffusion(
   config: dict[str, Any], data_dir: pathlib.Path, is_needed: bool
 ) -> Work:
-  _check_pairs(config)
+  checks.numbers(config)
   grid, run, text = config["canvas"], config["run"], config["prompt"]
   layout = canvas.Layout(
     grid["rows"], grid["cols"], tuple(grid["cell"]), grid["multiple"]
@@ -151,7 +152,7 @@ def _diffusion(
   if folder := run["compilation_cache"]:
     devices.use_compilation_cache(pathlib.Path(folder).expanduser())
   base = networks_lib.base(config, places)
-  _check_run(config, base, networks_lib.control_names(places), layout)
+  checks.parts(config, base, networks_lib.control_names(places), layout)
   chunks = networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
   digests = networks_lib.digests(config, places)
   told = _told(config, digests, dtypes, chunks)
@@ -212,25 +213,6 @@ def _diffusion(
     "device": jax.devices()[0].device_kind,
   }
   return Work(made, options | {"num_threads": threads, "about": about})
-
-
-def _check_pairs(config: Mapping[str, Any]) -> None:
-  """Refuses (a, b, c): a flag given twice is both, one after the other."""
-  for group, key in (
-    ("canvas", "cell"),
-    ("canvas", "canny"),
-    ("backgrounds", "size"),
-    ("matting", "size"),
-    ("control", "pose_range"),
-    ("control", "grid_range"),
-    ("models", "union_kinds"),
-  ):
-    values = tuple(config[group][key])
-    if len(values) != 2 or min(values) < 0:
-      raise errors.UserError(
-        f"--config.{group}.{key}={values}: write two numbers from 0 on, once,"
-        " such as 256,128"
-      )
 
 
 def _nobody(pid: int) -> identity.Identity:
@@ -317,35 +299,6 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
       resolve = u2net.resolve
     found[key] = networks_lib.named(key, functools.partial(resolve, path))
   return {key: found[key] for key in given if key in found}
-
-
-def _check_run(
-  config: Mapping[str, Any],
-  parts: components_lib.Components,
-  controls: Sequence[str],
-  layout: canvas.Layout,
-) -> None:
-  """Refuses what the sampler would, before weights are read."""
-  control, steps = config["control"], config["sampler"]["steps"]
-  named = networks_lib.named
-  named("sampler", lambda: schedulers.init(steps, parts.scheduler))
-  named("canvas", lambda: components_lib.canvas(parts, [], layout.size))
-  size = tuple(config["backgrounds"]["size"])
-  named("backgrounds.size", lambda: components_lib.canvas(parts, [], size))
-  if min(size[0] / layout.cell[0], size[1] / layout.cell[1]) < 1:
-    raise errors.UserError(
-      f"--config.backgrounds.size={size}: is smaller than a cell of"
-      f" {layout.cell}"
-    )
-  for name in controls:
-    check = lambda name=name: components_lib.control_scales(
-      control[f"{name}_scale"],
-      control[f"{name}_range"],
-      count=1,
-      steps=steps,
-      length=steps,
-    )
-    named(f"control.{name}_range", check)
 
 
 def _draws(

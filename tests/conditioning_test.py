@@ -196,6 +196,15 @@ def test_encoders_that_cannot_serve_are_refused(tokenizers, encoders):
   with pytest.raises(errors.UserError, match="clip_skip is too large"):
     _run(encoders, tokens, is_xl=True, clip_skip=3)
   _, towers, params = encoders
+  texts = [tower.config for tower in towers]
+  least = min(text.num_hidden_layers for text in texts)
+  for is_xl, most in ((True, least - 1), (False, least)):
+    conditioning.check(texts, is_xl=is_xl, clip_skip=most)
+    for skip in (-1, most + 1):
+      with pytest.raises(errors.UserError, match=f"clip_skip={skip}: must be"):
+        conditioning.check(texts, is_xl=is_xl, clip_skip=skip)
+  with pytest.raises(errors.UserError, match="pooled=frist: choose one of"):
+    conditioning.check(texts, is_xl=True, pooled="frist")
   alone = lambda ids: conditioning.encode(
     towers[:1], params[:1], ids, counts=tokens.counts, is_xl=True
   )

@@ -326,8 +326,6 @@ def _mistake(capsys, *words):
     (["models.base={pose}"], r"config\.models.*ControlNetModel"),
     (["models.base="], r"models\.base is empty"),
     (["models.pose_controlnet={tmp}/no"], r"pose_controlnet: .*not exist"),
-    (["models.grid_controlnet={base}/vae"], r"config\.models: .*vae"),
-    (["models.grid_controlnet={pose}"], "is no union: give two"),
     (["models.u2net={tmp}/u2net.pth"], r"models\.u2net: .*does not exist"),
     (["models.u2net={style}"], r"models\.u2net: .*is no U2-Net"),
     (["models.u2net="], r"models\.u2net is empty"),
@@ -349,6 +347,9 @@ def _mistake(capsys, *words):
     ),
     (["backgrounds.size=16,16"], "smaller than a cell"),
     (["poses.fill=1.4"], r"poses\.fill: .*off the"),
+    (["poses.fill=0"], r"poses\.fill: fill 0: must be above 0"),
+    (["matting.size=0,0"], r"matting\.size=\(0, 0\): write two numbers from 1"),
+    (["matting.size=0,48"], r"matting\.size=\(0, 48\): write two"),
     # Numbers.
     (["sampler.steps=0"], "steps=0: must be at least 1"),
     (["sampler.steps=2000"], r"config\.sampler: "),
@@ -356,6 +357,13 @@ def _mistake(capsys, *words):
     (["sampler.dtype=float8"], r"sampler\.dtype=float8"),
     (["control.pose_range=0.5,0.1"], r"pose_range: .*0 <= start < end <= 1"),
     (["run.batch_size=0"], r"run\.batch_size=0"),
+    (["run.num_threads=-1"], r"run\.num_threads=-1: must be 0 or more"),
+    (["sampler.guidance_rescale=-1"], r"guidance_rescale=-1\.0: must be 0 or"),
+    (["canvas.line_width=-2"], r"canvas\.line_width=-2: must be 0 or more"),
+    (["poses.fill=nan"], r"config\.poses\.fill=nan: must be a finite number"),
+    (["sampler.guidance=nan"], r"sampler\.guidance=nan: must be a finite"),
+    (["rules.min_area=nan"], r"rules\.min_area=nan: must be a finite"),
+    (["control.grid_range=0.0,1e999"], r"control\.grid_range=inf: must be"),
     (["rules.min_areas=0"], r"did you mean --config\.rules\.min_area"),
   ],
 )
@@ -376,6 +384,31 @@ def test_mistakes_leave_nothing_behind(
   error = _mistake(capsys, *kept, *flags, f"--data_dir={data_dir}")
   assert re.search(message, error), error
   assert not data_dir.exists()
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("quality=0", "quality=0: JPEG knows 1 to 100"),
+    ("prompt.clip_skip=99", r"clip_skip=99: must be 0 to 1 for these"),
+    ("prompt.clip_skip=-1", r"clip_skip=-1: must be 0 to 1 for these"),
+    ("prompt.pooled=frist", r"prompt: pooled=frist: choose one of first, last"),
+    ("models.grid_controlnet={pose}", "is no union: give two"),
+    ("models.grid_controlnet={base}/vae", r"config\.models: .*vae"),
+  ],
+)
+def test_what_no_weight_tells_is_found_before_they_are_read(
+  words, places, tmp_path, capsys, monkeypatch, flag, message
+):
+  monkeypatch.setattr(networks, "load", lambda *_: pytest.fail("weights read"))
+  paths = {
+    "base": places["models.base"],
+    "pose": places["models.pose_controlnet"],
+  }
+  flag = f"--config.{flag.format(**paths)}"
+  error = _mistake(capsys, *words, flag, f"--data_dir={tmp_path / 'data'}")
+  assert re.search(message, error), error
+  assert not (tmp_path / "data").exists()
 
 
 def _config(places, **models):

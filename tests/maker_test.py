@@ -384,10 +384,10 @@ def test_unions_and_plain_networks_get_their_images():
   """One union for both, a union beside a plain one, and only one of them."""
   is_union, plain = object.__new__(unions.Config), object()
   parts = lambda *nets: types.SimpleNamespace(controlnets=nets)
-  arrange = lambda given, *nets: networks._arrange(
+  arrange = lambda given, *nets, kinds=(0, 3): networks._arrange(
     networks._controls({f"models.{k}_controlnet": v for k, v in given}),
     parts(*nets),
-    (0, 3),
+    kinds,
   )
   images, kinds = arrange([("pose", "a"), ("grid", "a")], is_union)
   assert images("P", "G") == [["P", "G"]] and kinds == [(0, 3)]
@@ -401,6 +401,8 @@ def test_unions_and_plain_networks_get_their_images():
   assert images("P", "G") == [] and kinds == []
   with pytest.raises(errors.UserError, match="no union: give two"):
     arrange([("pose", "a"), ("grid", "a")], plain)
+  with pytest.raises(errors.UserError, match=r"union_kinds: kinds\[0\] is \(9"):
+    arrange([("grid", "a")], is_union, kinds=(0, 9))
 
 
 def test_too_little_memory_on_the_device(studio, tmp_path):

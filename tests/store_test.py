@@ -382,6 +382,26 @@ def test_another_configuration_is_refused(tmp_path, finished):
   assert same(after) == same(before)
 
 
+def test_a_configuration_that_nobody_was_made_with_may_be_changed(tmp_path):
+  def open_(cells):
+    return store_lib.Store(
+      tmp_path, config={"cells": cells}, num_identities=2, image_size=_SIZE
+    )
+
+  refused = lambda text: pytest.raises(errors.UserError, match=text)
+  # Somebody may be about to make the first.
+  with open_(99), refused("cells is 99 there and 4 here"):
+    open_(4)
+  given = {"num_identities": 2, "image_size": _SIZE}
+  assert not store_lib.is_finished(tmp_path, config={"cells": 4}, **given)
+  with open_(4) as store:
+    store.append(0, [b"x"], {})
+  with refused("cells is 4 there and 99 here"):
+    open_(99)
+  with refused("cells is 4 there and 99 here"):
+    store_lib.is_finished(tmp_path, config={"cells": 99}, **given)
+
+
 def test_a_strangers_folder_is_refused(tmp_path):
   stranger = tmp_path / "geneperson" / "1.0.0"
   stranger.mkdir(parents=True)
@@ -574,7 +594,8 @@ def test_a_maker_that_breaks_the_contract(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-  "bad", [{"num_identities": 0}, {"cap": 0}, {"quality": 0}]
+  "bad",
+  [{"num_identities": 0}, {"cap": 0}, {"quality": 0}, {"num_threads": -1}],
 )
 def test_bad_numbers_name_their_key(tmp_path, bad):
   with pytest.raises(errors.UserError, match=next(iter(bad))):

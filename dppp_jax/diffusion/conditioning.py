@@ -13,6 +13,7 @@ a prompt matters: the two encoders of SDXL pad differently.
 """
 
 from collections.abc import Sequence
+import typing
 from typing import Any, Literal, NamedTuple
 
 from absl import logging
@@ -153,6 +154,35 @@ def tokenize(
   return Tokens(ids, counts, tuple(dropped))
 
 
+def check(
+  texts: Sequence[clip.TextConfig],
+  *,
+  is_xl: bool,
+  clip_skip: int = 0,
+  pooled: Pooled = "first",
+) -> None:
+  """Refuses what `encode` cannot be asked.
+
+  Args:
+    texts: the encoders.
+    is_xl: as of `encode`, like the others.
+    clip_skip: likewise.
+    pooled: likewise.
+
+  Raises:
+    errors.UserError: a value without meaning for these encoders.
+  """
+  most = min(text.num_hidden_layers for text in texts) + 1 + _last(is_xl)
+  if not 0 <= clip_skip <= most:
+    raise errors.UserError(
+      f"clip_skip={clip_skip}: must be 0 to {most} for these text encoders"
+    )
+  if pooled not in typing.get_args(Pooled):
+    raise errors.UserError(
+      f"pooled={pooled}: choose one of {', '.join(typing.get_args(Pooled))}"
+    )
+
+
 def encode(
   towers: Sequence[clip.TextTower],
   params: Sequence[types.Params],
@@ -179,7 +209,7 @@ def encode(
       one that holds text.
   """
   batch, chunks, length = ids[0].shape
-  usual = -2 if is_xl else -1
+  usual = _last(is_xl)
   taps = (usual,) if clip_skip == 0 else (usual, usual - clip_skip)
   contexts, vector = [], None
   for tower, weights, one in zip(towers, params, ids, strict=True):
@@ -207,6 +237,11 @@ def encode(
   at = jnp.zeros_like(counts) if pooled == "first" else counts - 1
   vector = jnp.take_along_axis(vector, at[:, None, None], axis=1)[:, 0]
   return Text(context, vector)
+
+
+def _last(is_xl: bool) -> int:
+  """Returns which hidden state is read, counted from the last."""
+  return -2 if is_xl else -1
 
 
 def _comma(tokenizer: Any) -> int | None:

@@ -90,8 +90,12 @@ class Sampler:
       errors.UserError: parts that do not fit each other.
     """
     components_lib.check(components)
-    if clip_skip < 0:
-      raise errors.UserError(f"clip_skip={clip_skip}: must be 0 or more")
+    conditioning.check(
+      components.texts,
+      is_xl=components.is_xl,
+      clip_skip=clip_skip,
+      pooled=pooled,
+    )
     self.components = components
     self.traces: collections.Counter[str] = collections.Counter()
     self._dtype = jnp.dtype(dtype)

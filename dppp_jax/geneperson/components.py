@@ -10,6 +10,7 @@ parts = components.load_components(
 from collections.abc import Sequence
 import dataclasses
 import pathlib
+from typing import NamedTuple
 
 from dppp_jax import logs, types
 from dppp_jax.diffusion import components as components_lib
@@ -24,6 +25,54 @@ from dppp_jax.weights import (
 )
 
 Path = str | pathlib.Path
+
+
+class Found(NamedTuple):
+  """A system whose parts are known to fit each other, and not read yet.
+
+  Attributes:
+    base: reads the parameters.
+    controlnets: their files and folders.
+    parts: all but the parameters.
+  """
+
+  base: sources.Base
+  controlnets: list[pathlib.Path]
+  parts: components_lib.Components
+
+
+def find_components(
+  base: Path,
+  *,
+  controlnets: Sequence[Path] | None = None,
+  scheduler: str | None = None,
+  k_diffusion: bool = False,
+  variant: str | None = None,
+  tokenizers: Sequence[Path] | None = None,
+  configs: single_file.Configs | None = None,
+) -> Found:
+  """Looks at all files but those of LoRAs; arguments of `load_components`.
+
+  Raises:
+    errors.UserError: a part is missing, damaged, or for another model.
+  """
+  found = sources.base(
+    base, variant=variant, tokenizers=tokenizers, configs=configs
+  )
+  nets = _resolve(found, controlnets, variant)
+  parts = found.parts(method=scheduler)
+  steps = parts.scheduler
+  parts = dataclasses.replace(
+    parts,
+    controlnets=tuple(
+      sources.controlnet_config(path, parts.unet, variant=variant)
+      for path in nets
+    ),
+    scheduler=schedulers.k_diffusion(steps) if k_diffusion else steps,
+  )
+  with sources.named(base):
+    components_lib.check(parts, controlnets=nets)
+  return Found(found, nets, parts)
 
 
 def load_components(
@@ -71,23 +120,16 @@ def load_components(
   Raises:
     errors.UserError: a part is missing, damaged, or for another model.
   """
-  found = sources.base(
-    base, variant=variant, tokenizers=tokenizers, configs=configs
+  found, nets, parts = find_components(
+    base,
+    controlnets=controlnets,
+    scheduler=scheduler,
+    k_diffusion=k_diffusion,
+    variant=variant,
+    tokenizers=tokenizers,
+    configs=configs,
   )
-  nets = _resolve(found, controlnets, variant)
-  parts = found.parts(method=scheduler)
-  steps = parts.scheduler
-  parts = dataclasses.replace(
-    parts,
-    controlnets=tuple(
-      sources.controlnet_config(path, parts.unet, variant=variant)
-      for path in nets
-    ),
-    scheduler=schedulers.k_diffusion(steps) if k_diffusion else steps,
-    stack_from=stack_from,
-  )
-  with sources.named(base):
-    components_lib.check(parts, controlnets=nets)
+  parts = dataclasses.replace(parts, stack_from=stack_from)
   if loras:
     lora.check(
       sources.param_shapes(parts), loras, allow_unmatched=allow_unmatched

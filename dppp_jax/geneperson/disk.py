@@ -60,6 +60,12 @@ def own(file: IO, message: str) -> None:
     raise errors.UserError(message)
 
 
+def is_free(path: pathlib.Path) -> bool:
+  """Tells whether nobody holds a lock on a file, which is made."""
+  with path.open("a") as file:
+    return _try(file)
+
+
 def _try(file: IO) -> bool:
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

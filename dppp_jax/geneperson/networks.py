@@ -13,7 +13,7 @@ import numpy as np
 
 from dppp_jax import errors, logs
 from dppp_jax.diffusion import components as components_lib
-from dppp_jax.diffusion import conditioning, schedulers
+from dppp_jax.diffusion import conditioning
 from dppp_jax.geneperson import components, matting, sources
 from dppp_jax.geneperson import digests as digests_lib
 from dppp_jax.models import controlnet_union
@@ -106,20 +106,22 @@ def digests(
 def base(
   config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
 ) -> components_lib.Components:
-  """Returns the base as it will be loaded, without parameters and ControlNets.
+  """Returns the base and the ControlNets as they will be loaded, unread.
 
   Raises:
-    errors.UserError: a file that is missing or truncated, or a sampler that is
-      not built.
+    errors.UserError: a file that is missing or truncated, parts that do not fit
+      each other, or a sampler that is not built.
   """
-  given = _base(config, places)
-  path, _ = given.pop("base"), given.pop("controlnets")
-  method = config["sampler"]["scheduler"] or None
-  find = lambda: sources.base(path, **given).parts(method=method)
-  parts = named("models.base", find)
-  if config["sampler"]["k_diffusion"]:
-    steps = schedulers.k_diffusion(parts.scheduler)
-    parts = dataclasses.replace(parts, scheduler=steps)
+  found = named(
+    "models",
+    lambda: components.find_components(
+      **_base(config, places),
+      scheduler=config["sampler"]["scheduler"] or None,
+      k_diffusion=config["sampler"]["k_diffusion"],
+    ),
+  )
+  parts = found.parts
+  _arrange(_controls(places), parts, tuple(config["models"]["union_kinds"]))
   return _spaced(config, parts)
 
 
@@ -224,18 +226,23 @@ def _arrange(
   """Returns how the two images go to the ControlNets, and the unions' kinds.
 
   Raises:
-    errors.UserError: one network for both, which is no union.
+    errors.UserError: one network for both, which is no union, or kinds that a
+      union does not know.
   """
   unions = [
     isinstance(net, controlnet_union.Config) for net in parts.controlnets
   ]
+  check = lambda given: named(
+    "models.union_kinds",
+    lambda: components_lib.check_kinds(parts.controlnets, given),
+  )
   if controls.both:
     if not unions[0]:
       raise errors.UserError(
         "--config.models.pose_controlnet and grid_controlnet are the same"
         f" ({controls.files[0]}), and it is no union: give two"
       )
-    return lambda skeletons, grid: [[skeletons, grid]], [kinds]
+    return lambda skeletons, grid: [[skeletons, grid]], check([kinds])
   places = [("pose", "grid").index(name) for name in controls.names]
 
   def arrange(skeletons: np.ndarray, grid: np.ndarray) -> list[Any]:
@@ -245,10 +252,11 @@ def _arrange(
       for image, union in zip(images, unions, strict=True)
     ]
 
-  return arrange, [
+  own = [
     (kinds[i],) if union else None
     for i, union in zip(places, unions, strict=True)
   ]
+  return arrange, check(own)
 
 
 def chunks(

@@ -128,9 +128,10 @@ def run(
   Raises:
     errors.UserError: bad arguments, another configuration, no space left.
   """
-  check_positive(num_identities=num_identities, cap=cap)
-  if not 1 <= quality <= 100:
-    raise errors.UserError(f"quality={quality}: JPEG knows 1 to 100")
+  check_positive(
+    num_identities=num_identities, cap=cap, num_threads=num_threads
+  )
+  check_quality(quality)
   config = _whole_config(config, source, seed, cap, quality)
   spec = dataset.features(image_size)
   with store_lib.Store(
@@ -287,6 +288,12 @@ def check_positive(**values: int) -> None:
   for key, value in values.items():
     if value < 1:
       raise errors.UserError(f"{key}={value}: must be at least 1")
+
+
+def check_quality(quality: int) -> None:
+  """Raises errors.UserError for what is no quality of a JPEG."""
+  if not 1 <= quality <= 100:
+    raise errors.UserError(f"quality={quality}: JPEG knows 1 to 100")
 
 
 def check_size(size: Sequence[int]) -> tuple[int, int]:

@@ -109,8 +109,10 @@ class Pose:
       whole.
 
     Raises:
-      errors.UserError: a point would lie off the cell.
+      errors.UserError: a point would lie off the cell, or fill is none.
     """
+    if not fill > 0:
+      raise errors.UserError(f"fill {fill:g}: must be above 0")
     placed = self.figure.place(size, fill=fill, shift=shift)
     seen, half = placed.xy[placed.visible], poses.half_width(size)
     over = np.stack([half - seen, seen + half - (size[1], size[0])])

@@ -94,7 +94,7 @@ def is_finished(
     _compare(root / dataset.VERSION / "manifest.json", whole)
     return True
   begun = root / f"{dataset.VERSION}.parts" / "config.json"
-  if begun.exists():
+  if begun.exists() and _entries(begun.parent):
     _compare(begun, whole)
   return False
 
@@ -237,18 +237,18 @@ class Store:
         return
       self._parts.mkdir(exist_ok=True)
       path = self._parts / "config.json"
-      if path.exists():
+      is_free = disk.is_free(self._parts / "stripes.lock")
+      if path.exists() and (_entries(self._parts) or not is_free):
         _compare(path, self._config)
-      elif any(self._parts.glob("*.tfrecord")):
+      elif not path.exists() and any(self._parts.glob("*.tfrecord")):
         raise errors.UserError(
           f"{path}: missing, so nobody knows what the parts beside it are:"
           " remove the folder"
         )
       else:
-        held = {
-          "config": self._config,
-          "fingerprint": fingerprint(self._config),
-        }
+        # What nobody was made with may be replaced.
+        digest = fingerprint(self._config)
+        held = {"config": self._config, "fingerprint": digest}
         disk.replace(path, json.dumps(held, indent=2))
       self._own_stripe()
       self._recover()

@@ -1,0 +1,116 @@
+"""What a configuration has wrong, said before weights are read.
+
+What files show is looked at where they are found.
+"""
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+from dppp_jax import errors
+from dppp_jax.diffusion import components as components_lib
+from dppp_jax.diffusion import conditioning, schedulers
+from dppp_jax.geneperson import canvas
+from dppp_jax.geneperson import networks as networks_lib
+
+
+def finite(config: Mapping[str, Any], where: str = "") -> None:
+  """Refuses nan and inf, which no comparison finds.
+
+  Args:
+    config: of any maker, as nested dicts.
+    where: keys before those of config, each with a dot.
+
+  Raises:
+    errors.UserError: names the key.
+  """
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      finite(value, f"{where}{key}.")
+      continue
+    for one in value if isinstance(value, tuple) else (value,):
+      if isinstance(one, float) and not math.isfinite(one):
+        raise errors.UserError(
+          f"--config.{where}{key}={one}: must be a finite number"
+        )
+
+
+def numbers(config: Mapping[str, Any]) -> None:
+  """Refuses numbers of a diffusion's configuration that have no meaning.
+
+  Args:
+    config: of configs/geneperson.py, as nested dicts.
+
+  Raises:
+    errors.UserError: a pair that is none, or a number below 0.
+  """
+  # (a, b, c): a flag given twice is both, one after the other.
+  for group, key, least in (
+    ("canvas", "cell", 1),
+    ("canvas", "canny", 0),
+    ("backgrounds", "size", 0),
+    ("matting", "size", 1),
+    ("control", "pose_range", 0),
+    ("control", "grid_range", 0),
+    ("models", "union_kinds", 0),
+  ):
+    values = tuple(config[group][key])
+    if len(values) != 2 or min(values) < least:
+      raise errors.UserError(
+        f"--config.{group}.{key}={values}: write two numbers from {least} on,"
+        " once, such as 256,128"
+      )
+  for group, key in (
+    ("canvas", "line_width"),
+    ("sampler", "guidance_rescale"),
+    ("run", "num_threads"),
+    ("run", "stack_from"),
+  ):
+    if (value := config[group][key]) < 0:
+      raise errors.UserError(f"{group}.{key}={value}: must be 0 or more")
+
+
+def parts(
+  config: Mapping[str, Any],
+  base: components_lib.Components,
+  controls: Sequence[str],
+  layout: canvas.Layout,
+) -> None:
+  """Refuses what the sampler would, before weights are read.
+
+  Args:
+    config: of configs/geneperson.py, as nested dicts.
+    base: the system without its parameters.
+    controls: which ControlNets there are: "pose", "grid".
+    layout: of the cells.
+
+  Raises:
+    errors.UserError: names the key.
+  """
+  control, steps = config["control"], config["sampler"]["steps"]
+  text, named = config["prompt"], networks_lib.named
+  check_text = lambda: conditioning.check(
+    base.texts,
+    is_xl=base.is_xl,
+    clip_skip=text["clip_skip"],
+    pooled=text["pooled"],
+  )
+  named("prompt", check_text)
+  named("sampler", lambda: schedulers.init(steps, base.scheduler))
+  named("canvas", lambda: components_lib.canvas(base, [], layout.size))
+  size = tuple(config["backgrounds"]["size"])
+  named("backgrounds.size", lambda: components_lib.canvas(base, [], size))
+  if min(size[0] / layout.cell[0], size[1] / layout.cell[1]) < 1:
+    raise errors.UserError(
+      f"--config.backgrounds.size={size}: is smaller than a cell of"
+      f" {layout.cell}"
+    )
+  for name in controls:
+    check = lambda name=name: components_lib.control_scales(
+      control[f"{name}_scale"],
+      control[f"{name}_range"],
+      count=1,
+      steps=steps,
+      length=steps,
+    )
+    named(f"control.{name}_range", check)
