@@ -5,7 +5,7 @@ an extractor reads it and nothing else. Damage of the newest checkpoint is not
 the end of a run: restoring goes from the newest to the oldest and says so.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dppp_jax import errors, types
+from dppp_jax import errors, logs, types
 
 _FOLDER = "checkpoints"
 
@@ -42,8 +42,10 @@ class Manager:
 
   Args:
     workdir: the run folder; checkpoints lie in `workdir/checkpoints`.
-    best_metric: name of the metric by which one best checkpoint is kept beside
-      the newest, or None.
+    best_metric: name of the metric in `workdir/metrics.jsonl` by which one best
+      checkpoint is kept beside the newest, or None.
+    source: digest of what is learned from; the checkpoints of another one are
+      refused, those that say nothing are not.
     max_latest: how many of the newest are kept. Two, because a damaged newest
       one must leave something to fall back on.
   """
@@ -53,18 +55,14 @@ class Manager:
     workdir: str | pathlib.Path,
     *,
     best_metric: str | None = None,
+    source: str | None = None,
     max_latest: int = 2,
   ):
     policies = ocp.checkpoint_managers
     keep = [policies.LatestN(max_latest)]
     if best_metric is not None:
-      keep.append(
-        policies.BestN(
-          get_metric_fn=lambda metrics: metrics[best_metric],
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
+      keep.append(_Best(workdir, best_metric))
+    self._source = source
     self._root = pathlib.Path(workdir).absolute() / _FOLDER
     self._manager = ocp.CheckpointManager(
       self._root,
@@ -83,7 +81,6 @@ class Manager:
     collections: types.Collections,
     opt: Any,
     data: Mapping[str, Any],
-    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Saves in the background; an existing step is left as it is.
 
@@ -100,9 +97,8 @@ class Manager:
           copy({"params": params, "collections": collections})
         ),
         opt=ocp.args.StandardSave(copy({"state": opt})),
-        data=ocp.args.JsonSave(dict(data)),
+        data=ocp.args.JsonSave({**data, "source": self._source}),
       ),
-      metrics=dict(metrics) if metrics else None,
     )
 
   def restore(
@@ -118,21 +114,25 @@ class Manager:
       The checkpoint, or None where there is none yet.
 
     Raises:
-      errors.UserError: there are checkpoints and none can be read.
+      errors.UserError: there are checkpoints and none can be read, or they
+        are of another source.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
+    for number, step in enumerate(steps):
       try:
         items = ocp.args.Composite(
           model=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()
         )
         read = self._manager.restore(step, args=items)
         model, data = read["model"], read["data"]
+        self._check(data.get("source"))
         target = {"state": abstract_opt(model["params"], data)}
         opt = self._manager.restore(
           step,
           args=ocp.args.Composite(opt=ocp.args.StandardRestore(target)),
         )["opt"]["state"]
+        # Only now: a folder of damaged ones must not look like a new run.
+        self._discard(steps[:number])
         return Restored(
           step, model["params"], model.get("collections") or {}, opt, data
         )
@@ -147,7 +147,6 @@ class Manager:
           step,
           _first_line(error),
         )
-        self._discard(step)
     if steps:
       raise errors.UserError(
         f"{self._root}: none of the checkpoints {steps} can be read; move the"
@@ -163,12 +162,48 @@ class Manager:
     """Waits and closes."""
     self._manager.close()
 
-  def _discard(self, step: int) -> None:
-    """Moves a damaged checkpoint aside: its step will be saved again."""
-    folder = self._root / str(step)
-    if folder.exists():
+  def _check(self, source: str | None) -> None:
+    if None not in (source, self._source) and source != self._source:
+      raise errors.UserError(
+        f"{self._root}: trained on another dataset than the one given; name"
+        " that one, or choose another --workdir"
+      )
+
+  def _discard(self, steps: Sequence[int]) -> None:
+    """Moves damaged checkpoints aside: their steps will be saved again."""
+    for step in steps:
+      folder = self._root / str(step)
       folder.rename(folder.with_name(f"damaged-{step}"))
-    self._manager.reload()
+    if steps:
+      self._manager.reload()
+
+
+class _Best:
+  """Orbax's policy that preserves the checkpoint of the highest metric.
+
+  Orbax forgets its own metrics when a run is started again; the log does not.
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, metric: str):
+    self._workdir, self._metric = workdir, metric
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Returns whether each of the checkpoints is the best."""
+    del context
+    scores = logs.by_step(self._workdir, self._metric)
+    steps = [each.step for each in checkpoints]
+    scored = [step for step in steps if step in scores]
+    best = max(scored, key=lambda step: (scores[step], step), default=None)
+    return [step == best for step in steps]
+
+
+def steps(workdir: str | pathlib.Path) -> list[int]:
+  """Returns the global steps of a run's checkpoints, the newest first."""
+  root = pathlib.Path(workdir) / _FOLDER
+  found = (int(p.name) for p in root.glob("*") if p.name.isdigit())
+  return sorted(found, reverse=True)
 
 
 def restore_model(
@@ -187,16 +222,14 @@ def restore_model(
     errors.UserError: no checkpoint, or not that one, or none can be read.
   """
   root = pathlib.Path(workdir).absolute() / _FOLDER
-  steps = sorted(
-    (int(p.name) for p in root.glob("*") if p.name.isdigit()), reverse=True
-  )
-  if not steps:
+  there = steps(workdir)
+  if not there:
     raise errors.UserError(
       f"{root}: no checkpoint; train first, or name another --workdir"
     )
-  if step is not None and step not in steps:
-    raise errors.UserError(f"{root}: no step {step}; there are {steps}")
-  for candidate in steps if step is None else [step]:
+  if step is not None and step not in there:
+    raise errors.UserError(f"{root}: no step {step}; there are {there}")
+  for candidate in there if step is None else [step]:
     try:
       with ocp.StandardCheckpointer() as reader:
         model = reader.restore(root / str(candidate) / "model")
@@ -209,7 +242,7 @@ def restore_model(
         _first_line(error),
       )
   raise errors.UserError(
-    f"{root}: checkpoint {step or steps} cannot be read; restore it from a"
+    f"{root}: checkpoint {step or there} cannot be read; restore it from a"
     " copy or train again"
   )
 

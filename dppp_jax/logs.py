@@ -78,6 +78,10 @@ class Writer:
       for key, value in scalars.items():
         self._board.add_scalar(f"{stage}/{key}", value, step)
 
+  def holds(self, step: int, name: str | None) -> bool:
+    """Whether a metric was written at a step, now or by an earlier run."""
+    return step in by_step(self._path.parent, name)
+
   def close(self) -> None:
     """Closes the files."""
     self._file.close()
@@ -94,6 +98,13 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError:
       break
   return lines
+
+
+def by_step(workdir: str | pathlib.Path, name: str | None) -> dict[int, float]:
+  """Returns {step: value} of a metric, of the lines of a run that hold it."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  lines = read(path) if path.exists() else []
+  return {line["step"]: line[name] for line in lines if name in line}
 
 
 def _cut_after(path: pathlib.Path, step: int) -> None:

@@ -23,10 +23,10 @@ from dppp_jax.train import step as step_lib
 _NUM_IDS, _PER_ID = 6, 5
 
 
-def make_source(seed=0):
+def make_source(seed=0, per_id=_PER_ID):
   rng = np.random.default_rng(seed)
-  pictures = rng.integers(0, 255, (_NUM_IDS * _PER_ID, 8, 4, 3), np.uint8)
-  pids = np.repeat(np.arange(_NUM_IDS) * 7 + 3, _PER_ID)
+  pictures = rng.integers(0, 255, (_NUM_IDS * per_id, 8, 4, 3), np.uint8)
+  pids = np.repeat(np.arange(_NUM_IDS) * 7 + 3, per_id)
   return source_lib.Arrays(pictures, pids)
 
 
@@ -86,15 +86,16 @@ def make_options(**kwargs):
 
 
 def fit(workdir, **kwargs):
-  options = make_options(
-    **{k: v for k, v in kwargs.items() if k in ("placement", "seed")}
-  )
+  stages = kwargs.pop("stages", None) or make_stages()
+  source = kwargs.pop("source", None) or make_source()
+  evaluator = kwargs.pop("evaluator", None)
+  options = make_options(**kwargs)
   return loop.fit(
-    kwargs.get("stages") or make_stages(),
-    make_source(),
+    stages,
+    source,
     workdir=workdir,
     options=options,
-    evaluator=kwargs.get("evaluator"),
+    evaluator=evaluator,
   )
 
 
@@ -151,8 +152,11 @@ def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
   for path in (tmp_path / "checkpoints").rglob("*"):
     if path.is_file():
       path.write_bytes(b"")
-  with pytest.raises(errors.UserError, match="none of the checkpoints"):
-    fit(tmp_path)
+  before = sorted((tmp_path / "checkpoints").iterdir())
+  for _ in range(2):  # The same again: it does not become a new run.
+    with pytest.raises(errors.UserError, match="none of the checkpoints"):
+      fit(tmp_path)
+  assert sorted((tmp_path / "checkpoints").iterdir()) == before
 
 
 def test_step_is_traced_and_compiled_once_a_stage(tmp_path, monkeypatch):
@@ -205,6 +209,70 @@ def test_evaluator_is_called_and_its_best_checkpoint_kept(tmp_path):
   kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
   assert [x["mAP"] for x in lines] == [0.9, 0.1]
   assert lines[0]["step"] in kept  # The best one, though far from newest.
+
+
+def test_best_checkpoint_outlives_a_restart(tmp_path):
+  scores = iter([0.9, 0.2, 0.3, 0.1, 0.15, 0.12])
+  evaluator = lambda stage, params: {"mAP": next(scores)}
+  measured = lambda: logs.by_step(tmp_path, "mAP")
+  for epochs in (3, 6):
+    fit(
+      tmp_path,
+      stages=make_stages(epochs=epochs)[:1],
+      evaluator=evaluator,
+      best_metric="mAP",
+      eval_every=1,
+      checkpoint_every=1000,
+    )
+  assert list(measured().values()) == [0.9, 0.2, 0.3, 0.1, 0.15, 0.12]
+  kept = checkpoints.steps(tmp_path)
+  assert kept == sorted([*list(measured())[-2:], min(measured())])[::-1]
+
+
+def test_failing_evaluation_loses_no_step_and_is_made_up_for(tmp_path):
+  def failing(stage, params):
+    raise errors.UserError("a benchmark's picture is damaged")
+
+  def measure(folder, evaluator):
+    return fit(folder, evaluator=evaluator, best_metric="mAP")
+
+  score = lambda stage, params: {"mAP": float(params["head"]["bias"].sum())}
+  whole = measure(tmp_path / "whole", score)
+  with pytest.raises(errors.UserError, match="damaged"):
+    measure(tmp_path / "cut", failing)
+  (end_of_first,) = [
+    step
+    for step in logs.by_step(tmp_path / "whole", "mAP")
+    if step != whole.step
+  ]
+  assert checkpoints.steps(tmp_path / "cut")[0] == end_of_first
+  assert_same(whole.params, measure(tmp_path / "cut", score).params)
+  found = [logs.by_step(tmp_path / x, "mAP") for x in ("whole", "cut")]
+  assert found[0] == found[1] and len(found[0]) == 2
+  measure(tmp_path / "cut", failing)  # Nothing is measured twice.
+
+
+@pytest.mark.parametrize(
+  "other", [make_source(per_id=7), make_source(seed=1)], ids=["more", "pixels"]
+)
+def test_another_dataset_is_refused(tmp_path, other):
+  fit(tmp_path)
+  with pytest.raises(errors.UserError, match="another dataset"):
+    fit(tmp_path, source=other)
+  assert not list((tmp_path / "checkpoints").glob("damaged-*"))
+
+
+def test_checkpoints_that_name_no_dataset_go_on(tmp_path):
+  first = fit(tmp_path)
+  for path in (tmp_path / "checkpoints").glob("*/data/*"):
+    if '"source"' in path.read_text():
+      data = json.loads(path.read_text())
+      del data["source"]
+      path.write_text(json.dumps(data))
+  assert fit(tmp_path).step == first.step
+  # What they tell is where their stages began.
+  with pytest.raises(errors.UserError, match="other lengths"):
+    fit(tmp_path, source=make_source(per_id=7))
 
 
 def test_checkpoint_beyond_the_configuration_is_refused(tmp_path):

@@ -69,13 +69,16 @@ class ImageFiles:
     Raises:
       images.CorruptImageError: the file cannot be read or decoded.
     """
+    return images.decode(self.raw(i), name=self.name(i))
+
+  def raw(self, i: int) -> bytes:
+    """Returns the bytes of file i; raises as `read` where there are none."""
     try:
-      data = self.paths[i].read_bytes()
+      return self.paths[i].read_bytes()
     except OSError as error:
       raise images.CorruptImageError(
         f"{self.name(i)}: cannot be read ({error.strerror}): restore the file"
       ) from error
-    return images.decode(data, name=self.name(i))
 
 
 @dataclasses.dataclass(frozen=True)

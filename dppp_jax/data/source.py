@@ -1,8 +1,13 @@
 """What a set of person images is, wherever it lies."""
 
+import hashlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from dppp_jax import errors
+
+_NUM_DIGESTED = 8
 
 
 @runtime_checkable
@@ -29,6 +34,9 @@ class Source(Protocol):
     Raises:
       images.CorruptImageError: the picture cannot be decoded.
     """
+
+  def raw(self, i: int) -> bytes:
+    """Returns picture i as it is stored: the bytes of a file or a record."""
 
 
 class Arrays:
@@ -77,6 +85,10 @@ class Arrays:
     """Returns image i, a view of uint8 [H, W, 3]."""
     return self.images[i]
 
+  def raw(self, i: int) -> bytes:
+    """Returns the pixels of image i."""
+    return self.images[i].tobytes()
+
 
 class Subset:
   """Some pictures of a Source, in the order given.
@@ -103,6 +115,10 @@ class Subset:
     """Returns picture i as uint8 [H, W, 3]."""
     return self._source.read(int(self._indices[i]))
 
+  def raw(self, i: int) -> bytes:
+    """Returns the whole's bytes of picture i."""
+    return self._source.raw(int(self._indices[i]))
+
 
 class Records:
   """N examples without a picture: what they are stands in a stage's extras.
@@ -126,6 +142,11 @@ class Records:
     """There is no picture to read."""
     raise TypeError(f"{self.name(i)} has no picture")
 
+  def raw(self, i: int) -> bytes:
+    """Returns nothing."""
+    del i
+    return b""
+
 
 def first_ids(source: Source, num: int) -> Source:
   """Returns the pictures of the first `num` persons, or all for 0."""
@@ -133,3 +154,20 @@ def first_ids(source: Source, num: int) -> Source:
     return source
   ids = np.unique(source.pids)[:num]
   return Subset(source, np.flatnonzero(np.isin(source.pids, ids)))
+
+
+def digest(source: Source) -> str:
+  """Returns what tells a source from another, without reading all of it.
+
+  It is made of all pids and camids and of a few pictures, evenly spread.
+  """
+  found = hashlib.sha256()
+  for ids in (source.pids, source.camids):
+    found.update(np.asarray(ids, np.int64).tobytes())
+  spread = np.linspace(0, len(source) - 1, min(_NUM_DIGESTED, len(source)))
+  for i in spread.astype(int):
+    try:
+      found.update(source.raw(int(i)))
+    except errors.UserError:  # Whether it may be missing is said elsewhere.
+      continue
+  return found.hexdigest()[:16]

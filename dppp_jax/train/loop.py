@@ -49,7 +49,8 @@ class Options:
     eval_every: epochs between two evaluations; the end of a stage is always
       evaluated; 0 for the end only.
     watch_every: steps between two looks of the watcher; 0 for none.
-    best_metric: evaluator's metric by which the best checkpoint is kept.
+    best_metric: evaluator's metric by which the best checkpoint is kept, and
+      whose lack in the log says that an evaluation was cut off.
     tensorboard: whether TensorBoard files are written too.
   """
 
@@ -113,7 +114,11 @@ def fit(
     errors.UserError: bad data, a damaged run folder, a loss that is not
       finite (with the step, the pids of its batch and the last metrics).
   """
-  manager = checkpoints.Manager(workdir, best_metric=options.best_metric)
+  manager = checkpoints.Manager(
+    workdir,
+    best_metric=options.best_metric,
+    source=source_lib.digest(source),
+  )
   feed = feed_lib.Feed(
     source,
     image_size=options.image_size,
@@ -132,7 +137,8 @@ def fit(
     params, collections = restored.params, restored.collections
     opt = restored.opt
     start = (restored.data["stage"], restored.data["step"])
-    if restored.step > offsets[-1]:
+    begun, ends = offsets[start[0] : start[0] + 2]
+    if restored.step != begun + start[1] or restored.step > ends:
       raise _beyond(workdir)
     logs.say(f"resuming at step {restored.step}")
   writer = logs.Writer(
@@ -227,6 +233,15 @@ class _StageRun:
         **{k: np.asarray(x) for k, x in stage.extras.items() if k not in disk},
       }
     )
+
+    def evaluate():
+      results = evaluator(stage.name, self._averaged(state, frozen))
+      if results:
+        writer.write(self.offset + self.step, stage.name, results)
+
+    was_due = begin and evaluator is not None and self._ends(begin, options)
+    if was_due and not writer.holds(self.offset + begin, options.best_metric):
+      evaluate()
     if begin >= total:
       return self._join(state, frozen), state[1], state[2], True
     batches = feed.batches(plan, begin, disk)
@@ -267,15 +282,7 @@ class _StageRun:
         saving = (
           stopping or is_last or self.step % options.checkpoint_every == 0
         )
-        ends_epoch = is_last or plan.epochs[self.step] != epoch
-        evaluating = evaluator is not None and (
-          is_last
-          or (
-            ends_epoch
-            and options.eval_every > 0
-            and epoch % options.eval_every == 0
-          )
-        )
+        evaluating = evaluator is not None and self._ends(self.step, options)
         watching = (
           watcher is not None
           and options.watch_every > 0
@@ -292,12 +299,6 @@ class _StageRun:
             pending, names, feed.pids, writer, epoch, factor, clock, bar
           )
           pending, clock = [], time.monotonic()
-        results = None
-        if evaluating:
-          results = evaluator(stage.name, self._averaged(state, frozen))
-          if results:
-            writer.write(self.offset + self.step, stage.name, results)
-          clock = time.monotonic()
         if watching:
           seen = watcher(stage.name, self.step, self._averaged(state, frozen))
           if seen:
@@ -310,13 +311,24 @@ class _StageRun:
             collections=state[1],
             opt=state[2],
             data={"stage": self.number, "step": self.step},
-            metrics=results,
           )
+        if evaluating:
+          evaluate()
+          clock = time.monotonic()
         if stopping and not is_last:
           return self._join(state, frozen), state[1], state[2], False
         if not is_last:
           batch = next(batches)
     return self._join(state, frozen), state[1], state[2], True
+
+  def _ends(self, step: int, options: Options) -> bool:
+    """Whether an evaluation follows the first `step` steps of the stage."""
+    epochs = self.plan.epochs
+    return step == len(epochs) or bool(
+      options.eval_every > 0
+      and epochs[step] != epochs[step - 1]
+      and epochs[step - 1] % options.eval_every == 0
+    )
 
   def _join(self, state, frozen) -> types.Params:
     return trees.unflatten({**state[0], **frozen})
@@ -423,6 +435,6 @@ def _abstract_opt(
 
 def _beyond(workdir: str | pathlib.Path) -> errors.UserError:
   return errors.UserError(
-    f"{workdir}: its checkpoint lies beyond this configuration's last step;"
-    " choose another --workdir"
+    f"{workdir}: its checkpoint lies beyond this configuration's steps, or its"
+    " stages had other lengths; choose another --workdir"
   )
