@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 import tqdm
 
+from dppp_jax import errors
+
 
 def progress(
   iterable: Iterable | None = None,
@@ -64,7 +66,13 @@ class Writer:
     self._board = None
     if tensorboard:
       # Optional extra `log`: imported only where it is asked for.
-      import tensorboardX  # pylint: disable=g-import-not-at-top
+      try:
+        import tensorboardX  # pylint: disable=g-import-not-at-top
+      except ImportError as error:
+        raise errors.UserError(
+          "config train.tensorboard needs tensorboardX: install it (the extra"
+          " log), or set it to False"
+        ) from error
 
       self._board = tensorboardX.SummaryWriter(str(workdir))
 

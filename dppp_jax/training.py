@@ -1,6 +1,7 @@
 """From a configuration of `configs/` to a trained run folder."""
 
 from collections.abc import Mapping
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax import cli, errors
-from dppp_jax.data import benchmarks, shards, transforms
+from dppp_jax.data import benchmarks, images, shards, transforms
 from dppp_jax.data import source as source_lib
 from dppp_jax.evals import benchmark as benchmark_lib
 from dppp_jax.evals import extractor as extractor_lib
@@ -21,8 +22,9 @@ from dppp_jax.weights import load
 
 # Keys that change where a run looks and what it shows, not what it learns.
 _FREE = (
-  "data.data_dir", "data.num_threads", "eval", "train.log_every",
-  "train.checkpoint_every", "train.eval_every_epochs", "train.tensorboard",
+  "data.data_dir", "data.num_threads", "data.placement", "eval",
+  "train.log_every", "train.checkpoint_every", "train.eval_every_epochs",
+  "train.tensorboard",
 )  # fmt: skip
 
 
@@ -48,12 +50,13 @@ def train(
     raise errors.UserError(
       f"config method {config['method']!r}: there is 'dppp' so far"
     )
+  augment = transforms.Augment(**config["augment"])
+  options = dppp.Options(**_tuples(config["dppp"]))
+  loop_options = _loop_options(config, augment)
   source = load_source(config["data"], data_dir)
   where = _locate(config["clip"])
   clip_config, params = load.clip(where)
   tokenizer = load.tokenizer(where)
-  augment = transforms.Augment(**config["augment"])
-  options = dppp.Options(**_tuples(config["dppp"]))
   settings = config["train"]
   stages = dppp.stages(
     clip_config,
@@ -65,28 +68,49 @@ def train(
     options=options,
     dtype=compute_dtype(config["dtype"]),
   )
-  judge = _Judge(config, clip_config, options, pathlib.Path(workdir))
+  judge = _Judge(
+    config,
+    clip_config,
+    options,
+    pathlib.Path(workdir),
+    last_stage=stages[-1].name,
+  )
   folder = run.prepare(workdir, config, free=_FREE)
-  return loop.fit(
+  outcome = loop.fit(
     stages,
     source,
     workdir=folder,
-    options=loop.Options(
-      seed=settings["seed"],
-      image_size=tuple(config["data"]["image_size"]),
-      interpolation=config["data"]["interpolation"],
-      placement=config["data"]["placement"],
-      on_corrupt=config["data"]["on_corrupt"],
-      num_threads=config["data"]["num_threads"],
-      mean=augment.mean,
-      std=augment.std,
-      log_every=settings["log_every"],
-      checkpoint_every=settings["checkpoint_every"],
-      eval_every=settings["eval_every_epochs"],
-      best_metric=judge.best_metric,
-      tensorboard=settings["tensorboard"],
-    ),
+    options=dataclasses.replace(loop_options, best_metric=judge.best_metric),
     evaluator=judge,
+  )
+  if outcome.finished:  # Perhaps long ago, and eval.feature is another now.
+    judge.write_spec(stages[-1].name)
+  return outcome
+
+
+def _loop_options(
+  config: Mapping[str, Any], augment: transforms.Augment
+) -> loop.Options:
+  """Returns how the loop runs; refuses what it could not begin with."""
+  data, settings = config["data"], config["train"]
+  for key in ("data", "eval"):
+    try:
+      images.check_resize(data["image_size"], config[key]["interpolation"])
+    except errors.UserError as error:
+      raise errors.UserError(f"config {key}.{error}") from error
+  return loop.Options(
+    seed=settings["seed"],
+    image_size=tuple(data["image_size"]),
+    interpolation=data["interpolation"],
+    placement=data["placement"],
+    on_corrupt=data["on_corrupt"],
+    num_threads=data["num_threads"],
+    mean=augment.mean,
+    std=augment.std,
+    log_every=settings["log_every"],
+    checkpoint_every=settings["checkpoint_every"],
+    eval_every=settings["eval_every_epochs"],
+    tensorboard=settings["tensorboard"],
   )
 
 
@@ -119,42 +143,66 @@ def compute_dtype(name: str) -> jnp.dtype:
 class _Judge:
   """Called by the loop: says how to read features, then measures them."""
 
-  def __init__(self, config, clip_config, options, workdir):
+  def __init__(self, config, clip_config, options, workdir, *, last_stage):
     self._config, self._clip_config = config, clip_config
     self._options, self._workdir = options, workdir
+    self._last_stage = last_stage
     evaluation = config["eval"]
+    features = ("auto", *spec_lib.FEATURES)
+    if evaluation["feature"] not in features:
+      raise errors.UserError(
+        f"config eval.feature {evaluation['feature']!r}: choose one of"
+        f" {', '.join(features)}"
+      )
+    self._spec(last_stage)
     names = evaluation["benchmarks"] if evaluation["benchmark_root"] else ()
-    self._benchmarks = [
-      benchmarks.load(
+    self._benchmarks = [self._open(name) for name in names]
+    first = self._benchmarks[0].name if self._benchmarks else None
+    self.best_metric = f"{first}/mAP" if first else None
+
+  def _open(self, name: str) -> benchmarks.Benchmark:
+    evaluation = self._config["eval"]
+    try:
+      return benchmarks.load(
         name,
         evaluation["benchmark_root"],
         allow_partial=evaluation["allow_partial"],
       )
-      for name in names
-    ]
-    first = self._benchmarks[0].name if self._benchmarks else None
-    self.best_metric = f"{first}/mAP" if first else None
+    except errors.UserError as error:
+      raise errors.UserError(
+        f"{error}; --config.eval.benchmarks says what is evaluated"
+      ) from error
 
-  def __call__(self, stage: str, params) -> dict[str, float]:
+  def write_spec(self, stage: str) -> pathlib.Path:
+    """Writes extractor.json as of the end of a stage."""
+    path = self._workdir / "extractor.json"
+    run.write_json(path, self._spec(stage))
+    return path
+
+  def _spec(self, stage: str) -> dict[str, Any]:
     config = self._config
-    spec = dppp.extractor_spec(
+    feature = config["eval"]["feature"]
+    if feature == "content" and stage != self._last_stage:
+      feature = "projected"  # Its projector is yet to come.
+    return dppp.extractor_spec(
       self._clip_config,
       stage=stage,
       image_size=config["data"]["image_size"],
       mean=config["augment"]["mean"],
       std=config["augment"]["std"],
       interpolation=config["eval"]["interpolation"],
-      feature=config["eval"]["feature"],
+      feature=feature,
       options=self._options,
     )
-    path = self._workdir / "extractor.json"
-    run.write_json(path, spec)
+
+  def __call__(self, stage: str, params) -> dict[str, float]:
+    path = self.write_spec(stage)
     if not self._benchmarks:
       return {}
     extractor = extractor_lib.Extractor(
       spec_lib.Spec.from_json(path),
       params,
-      dtype=compute_dtype(config["dtype"]),
+      dtype=compute_dtype(self._config["dtype"]),
     )
     metrics = {}
     for benchmark in self._benchmarks:

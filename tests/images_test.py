@@ -95,6 +95,16 @@ def test_resize_to_its_own_size_changes_nothing(picture):
   assert images.resize(picture, (40, 20)) is picture
 
 
+@pytest.mark.parametrize("size", [(96,), (96, 48, 3), (0, 0), (96, -1)])
+def test_resize_names_an_impossible_size(picture, size):
+  for call in (
+    lambda: images.resize(picture, size),
+    lambda: images.check_resize(list(size), "bicubic"),
+  ):
+    with pytest.raises(errors.UserError, match="give height and width"):
+      call()
+
+
 def test_resize_names_an_unknown_interpolation(picture):
   with pytest.raises(errors.UserError, match=r"'lanczos'.*bicubic, bilinear"):
     images.resize(picture, (8, 4), interpolation="lanczos")

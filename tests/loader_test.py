@@ -78,7 +78,7 @@ def warnings():
     yield found
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_whole_data_set(num_threads, interpolation, monkeypatch):
   monkeypatch.setattr(loader, "_CHUNK", 2)

@@ -2,10 +2,11 @@
 
 import json
 import struct
+import sys
 
 import pytest
 
-from dppp_jax import logs
+from dppp_jax import errors, logs
 
 
 def test_lines_are_read_back(tmp_path):
@@ -32,6 +33,12 @@ def test_resuming_cuts_what_lies_beyond_and_a_torn_line(tmp_path):
     (4, "ptl"),
     (6, "psd"),
   ]
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(errors.UserError, match=r"train\.tensorboard.*install"):
+    logs.Writer(tmp_path, tensorboard=True)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

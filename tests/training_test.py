@@ -253,8 +253,31 @@ def test_folder_that_is_no_run_is_not_written_to(capsys, world, tmp_path):
     (("--config.clip=nowhere/at/all",), "nowhere/at/all"),
     (("--config.dppp.num_selected=9",), "num_selected"),
     (("--config.dppp.prompt=haiku",), "haiku"),
+    (("--config.dppp.projector_act=mish",), "dppp.projector_act"),
+    (("--config.dppp.style_heads=0",), "dppp.style_heads"),
+    (("--config.dppp.style_heads=-1",), "dppp.style_heads"),
+    (
+      ("--config.dppp.ptl_epochs=0", "--config.dppp.psd_epochs=0"),
+      "dppp.ptl_epochs",
+    ),
+    (("--config.train.log_every=0",), "train.log_every"),
+    (("--config.train.checkpoint_every=0",), "train.checkpoint_every"),
+    (("--config.data.num_threads=-1",), "num_threads"),
+    # absl adds to the size that `train` gives.
+    (("--config.data.image_size=3",), "config data.image_size (32, 16, 3)"),
+    (("--config.data.interpolation=box",), "config data.interpolation 'box'"),
+    (("--config.eval.interpolation=box",), "config eval.interpolation 'box'"),
+    (("--config.eval.feature=contnet",), "config eval.feature 'contnet'"),
+    (
+      ("--config.eval.feature=content", "--config.dppp.psd_epochs=0"),
+      "dppp.psd_epochs",
+    ),
     (("--config.augment.flip=3",), "flip"),
     (("--config.eval.benchmark_root=/nowhere",), "/nowhere"),
+    (
+      ("--config.eval.benchmark_root=/nowhere",),
+      "--config.eval.benchmarks",
+    ),
     (("positional",), "positional"),
   ],
 )
@@ -265,6 +288,67 @@ def test_mistakes_are_one_line(capsys, world, tmp_path, words, named):
   line = failing_line(train(capsys, world, *words, f"--workdir={workdir}"))
   assert named in line
   assert not workdir.exists() or not list(workdir.glob("checkpoints/*"))
+
+
+def test_places_that_cannot_be_a_run_folder(capsys, world, tmp_path):
+  file = tmp_path / "file"
+  file.write_text("mine")
+  for workdir in (file, file / "below"):
+    line = failing_line(train(capsys, world, f"--workdir={workdir}"))
+    assert str(workdir) in line and "--workdir" in line
+  assert file.read_text() == "mine"
+
+
+def test_start_that_failed_lets_its_remedy_in(capsys, world, tmp_path):
+  words = (*_QUICK, f"--workdir={tmp_path / 'run'}")
+  line = failing_line(train(capsys, world, *words, "--config.train.P=9"))
+  assert "lower P" in line
+  code, _, err = train(capsys, world, *words)
+  assert code == 0, err
+  line = failing_line(train(capsys, world, *words, "--config.train.P=3"))
+  assert "holds another configuration" in line
+  code, _, err = train(capsys, world, *words, "--config.data.placement=host")
+  assert code == 0, err
+
+
+def test_damaged_config_of_a_run(capsys, world, trained, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  (workdir / "config.json").write_text("")
+  line = failing_line(train(capsys, world, f"--workdir={workdir}"))
+  assert "config.json: not JSON" in line
+
+
+def test_folder_of_a_model_is_not_taken_for_a_run(capsys, world, tmp_path):
+  folder = shutil.copytree(world / "clip", tmp_path / "clip")
+  before = (folder / "config.json").read_text()
+  line = failing_line(train(capsys, world, f"--workdir={folder}"))
+  assert "another configuration" in line
+  assert (folder / "config.json").read_text() == before
+
+
+def test_feature_may_be_content_and_may_change(capsys, world, tmp_path):
+  workdir = tmp_path / "run"
+  evaluation = (
+    f"--config.eval.benchmark_root={world / 'drawn'}",
+    "--config.eval.benchmarks=market1501",
+    f"--workdir={workdir}",
+  )
+  feature = lambda: json.loads((workdir / "extractor.json").read_text())[
+    "feature"
+  ]
+  code, _, err = train(
+    capsys, world, *evaluation, "--config.eval.feature=content"
+  )
+  assert code == 0, err
+  assert feature() == "content"
+  assert len(logs.by_step(workdir, "market1501/mAP")) == 2
+  code, _, err = train(
+    capsys, world, *evaluation, "--config.eval.feature=concat"
+  )
+  assert code == 0, err
+  assert feature() == "concat"
+  assert len(logs.by_step(workdir, "market1501/mAP")) == 2
 
 
 def test_truncated_picture_is_named_or_skipped(capsys, world, tmp_path):

@@ -71,6 +71,27 @@ def encode_jpeg(image: np.ndarray, *, quality: int = 95) -> bytes:
   return buffer.getvalue()
 
 
+def check_resize(size: Sequence[int], interpolation: str) -> None:
+  """Refuses what `resize` cannot do.
+
+  Args:
+    size: (height, width), whole numbers of at least 1.
+    interpolation: "bicubic" or "bilinear".
+
+  Raises:
+    errors.UserError: another one.
+  """
+  if interpolation not in _FILTERS:
+    raise errors.UserError(
+      f"interpolation {interpolation!r} is unknown: use one of"
+      f" {', '.join(sorted(_FILTERS))}"
+    )
+  if len(size) != 2 or min(size) < 1:
+    raise errors.UserError(
+      f"image_size {tuple(size)}: give height and width, such as 256,128"
+    )
+
+
 def resize(
   image: np.ndarray,
   size: tuple[int, int],
@@ -87,11 +108,7 @@ def resize(
   Returns:
     uint8 [height, width, 3]; the image itself where it has that size.
   """
-  if interpolation not in _FILTERS:
-    raise errors.UserError(
-      f"interpolation {interpolation!r} is unknown: use one of"
-      f" {', '.join(sorted(_FILTERS))}"
-    )
+  check_resize(size, interpolation)
   height, width = size
   if image.shape[:2] == (height, width):
     return image

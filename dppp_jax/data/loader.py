@@ -35,7 +35,8 @@ def load_images(
     interpolation: "bicubic" or "bilinear".
     on_corrupt: "error" stops at the first picture that cannot be decoded;
       "skip" leaves it out, with a warning, as long as its person has others.
-    num_threads: threads that decode; one for each processor by default.
+    num_threads: threads that decode; one for each processor by default, and
+      one for 0.
 
   Returns:
     uint8 [M, H, W, 3] and int64 [M]: the pictures, and which of the source they
@@ -65,7 +66,8 @@ def load_images(
         failures.append((i, error))
     return stop - start
 
-  with concurrent.futures.ThreadPoolExecutor(_threads(num_threads)) as pool:
+  num_threads = max(1, _threads(num_threads))
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     futures = [pool.submit(load, start) for start in range(0, num, _CHUNK)]
     try:
       with logs.progress(total=num, desc="images", unit="image") as bar:

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, Literal
 
 from dppp_jax import errors
+from dppp_jax.data import images
 from dppp_jax.models import clip
 from dppp_jax.weights import export, hub
 
@@ -49,6 +50,7 @@ class Spec:
         "feature 'content' needs the projector that stage psd trains, and this"
         " model has none: use 'projected' or 'concat'"
       )
+    images.check_resize(self.image_size, self.interpolation)
     self.vision.grid(*self.image_size)
 
   @property

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from dppp_jax import errors
-from dppp_jax.models import inversion
+from dppp_jax.models import inversion, layers
 from dppp_jax.train import losses
 
 
@@ -137,8 +137,16 @@ def _check(options: Options) -> None:
         f" {', '.join(allowed)}"
       )
   for field in dataclasses.fields(options):
-    if field.name.endswith("_weight") and getattr(options, field.name) < 0:
+    value = getattr(options, field.name)
+    if field.name.endswith("_weight") and value < 0:
       raise refuse(f"{field.name} is negative: 0 drops the term")
+    least = 0 if field.name.endswith("_epochs") else 1
+    if field.type is int and value < least:
+      raise refuse(f"{field.name} {value}: give at least {least}")
+  try:
+    layers.activation(options.projector_act)
+  except errors.UserError as error:
+    raise refuse(f"projector_act: {error}") from error
   if not 1 <= options.num_selected <= options.num_styles:
     raise refuse(
       f"num_selected {options.num_selected} must lie in 1..num_styles"
@@ -148,6 +156,8 @@ def _check(options: Options) -> None:
     raise refuse(
       "prompt 'generic' has no content words: set dppp.tri_txt_weight to 0"
     )
+  if not options.ptl_epochs and not options.psd_epochs:
+    raise refuse("ptl_epochs and dppp.psd_epochs are both 0: set one above 0")
   ptl_weights = (
     options.sup_con_weight,
     options.reid_weight,

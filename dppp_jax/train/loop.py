@@ -69,6 +69,11 @@ class Options:
   best_metric: str | None = None
   tensorboard: bool = False
 
+  def __post_init__(self):
+    for name in ("log_every", "checkpoint_every"):
+      if (steps := getattr(self, name)) < 1:
+        raise errors.UserError(f"config train.{name} {steps}: give at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:

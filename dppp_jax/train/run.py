@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dppp_jax import errors
+from dppp_jax import checkpoints, errors
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -24,6 +24,8 @@ def prepare(
 ) -> pathlib.Path:
   """Makes a run folder, or checks that an existing one is this run's.
 
+  A run that has no checkpoint yet may be begun with another configuration.
+
   Args:
     workdir: the folder.
     config: the resolved configuration, of JSON types.
@@ -34,27 +36,46 @@ def prepare(
     The folder's path.
 
   Raises:
-    errors.UserError: the folder holds a run of another configuration.
+    errors.UserError: the folder holds a run of another configuration, or
+      cannot be one.
   """
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(config))
-  path = workdir / "config.json"
-  if path.exists():
-    held = json.loads(path.read_text())
-    differs = [key for key in _differences(held, config) if not _in(key, free)]
-    if differs:
+  path, about = workdir / "config.json", workdir / "environment.json"
+  try:
+    # Folders of models have a config.json too.
+    if path.exists() and (checkpoints.steps(workdir) or not about.exists()):
+      _check_held(path, config, free)
+    elif not path.exists() and workdir.exists() and any(workdir.iterdir()):
       raise errors.UserError(
-        f"{path}: holds another configuration (differs in"
-        f" {', '.join(differs[:5])}); choose another --workdir"
+        f"{workdir}: not empty and not a run folder; choose another --workdir"
       )
-  elif workdir.exists() and any(workdir.iterdir()):
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+    write_json(about, environment())
+  except OSError as error:
     raise errors.UserError(
-      f"{workdir}: not empty and not a run folder; choose another --workdir"
-    )
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_json(path, config)
-  write_json(workdir / "environment.json", environment())
+      f"{workdir}: cannot be a run folder ({error.strerror}); choose another"
+      " --workdir"
+    ) from error
   return workdir
+
+
+def _check_held(
+  path: pathlib.Path, config: Mapping[str, Any], free: tuple[str, ...]
+) -> None:
+  try:
+    held = json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.UserError(
+      f"{path}: not JSON; restore it, or choose another --workdir"
+    ) from error
+  differs = [key for key in _differences(held, config) if not _in(key, free)]
+  if differs:
+    raise errors.UserError(
+      f"{path}: holds another configuration (differs in"
+      f" {', '.join(differs[:5])}); choose another --workdir"
+    )
 
 
 def environment() -> dict[str, Any]:
