@@ -443,15 +443,38 @@ def test_impossible_benchmarks_are_refused(tmp_path, changes, named):
   assert not (tmp_path / "out").exists()
 
 
+def _script(*words):
+  return subprocess.run(
+    [sys.executable, "data_tools/paperdoll_benchmark.py", *words],
+    capture_output=True, text=True, cwd=_ROOT, check=False,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("words", "named"),
+  [
+    ((), "--out"),
+    (("--out=OUT", "--layout=nope"), "nope"),
+    (("--out=OUT", "--seed=-1"), "seed=-1"),
+    (("--out=OUT", "--size=96"), "--size=96"),
+    (("--out=OUT", "word"), "word"),
+    (("--out=FILE",), "FILE"),
+  ],
+)
+def test_mistakes_of_the_script_are_one_line(tmp_path, words, named):
+  (tmp_path / "FILE").write_text("mine")
+  places = {f"--out={x}": f"--out={tmp_path / x}" for x in ("OUT", "FILE")}
+  done = _script(*(places.get(word, word) for word in words))
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.count("\n") == 1 and named in done.stderr
+  assert [x.name for x in tmp_path.iterdir()] == ["FILE"]
+
+
 def test_the_script_writes_both_and_refuses_to_overwrite(tmp_path):
-  command = [
-    sys.executable, "data_tools/paperdoll_benchmark.py",
+  run = lambda: _script(
     f"--out={tmp_path / 'out'}", "--train_ids=1", "--test_ids=1",
     "--images_per_camera=2", "--distractors=1", "--size=48,24",
-  ]  # fmt: skip
-  run = lambda: subprocess.run(
-    command, capture_output=True, text=True, cwd=_ROOT, check=False
-  )
+  )  # fmt: skip
   done = run()
   assert done.returncode == 0, done.stderr
   assert [pathlib.Path(x).name for x in done.stdout.split()] == list(

@@ -82,6 +82,7 @@ def plan(
     ("test_ids", test_ids, 1),
     ("images_per_camera", images_per_camera, 2),
     ("distractors", distractors, 0),
+    ("seed", seed, 0),
   ):
     if value < least:
       raise errors.UserError(f"{name}={value}: must be at least {least}")
@@ -150,8 +151,14 @@ def write(
   target = pathlib.Path(out) / FOLDERS[layout]
   refuse_existing(out, [layout])
   scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
-  for folder in (TRAIN, QUERY, GALLERY):
-    (scratch / folder).mkdir(parents=True)
+  try:
+    for folder in (TRAIN, QUERY, GALLERY):
+      (scratch / folder).mkdir(parents=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"{scratch.parent}: cannot be written into ({error.strerror}); choose"
+      " another --out"
+    ) from error
   try:
     for picture in logs.progress(pictures, desc=layout, unit="image"):
       drawn = world.street(
