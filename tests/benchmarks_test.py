@@ -232,6 +232,12 @@ def test_two_copies_are_not_guessed_between(tmp_path):
     benchmarks.load("market1501", tmp_path, allow_partial=True)
 
 
+def test_link_to_a_copy_is_no_second_one(tmp_path):
+  folder = write(tmp_path / "Market-1501-v15.09.15", MARKET)
+  (tmp_path / "market1501").symlink_to(folder)
+  assert load("market1501", tmp_path).root.resolve() == folder
+
+
 def test_unknown_name(tmp_path):
   with pytest.raises(errors.UserError, match="use one of market1501, dukemtmc"):
     benchmarks.load("msmt", tmp_path)

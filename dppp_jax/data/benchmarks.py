@@ -245,6 +245,8 @@ def _find(root: pathlib.Path, row: _Row) -> pathlib.Path:
   whole = [folder for folder in candidates if not lacking[folder]]
   if root in whole:
     return root
+  # A link to a copy is no second one.
+  whole = list({folder.resolve(): folder for folder in whole[::-1]}.values())
   if len(whole) > 1:
     raise errors.UserError(
       f"{root}: holds {row.title} more than once"
