@@ -148,6 +148,27 @@ def test_openai_names(tmp_path, act):
     np.testing.assert_allclose(output.projected, text, rtol=1e-9, atol=1e-9)
 
 
+def test_open_clip_beside_other_files(hf, tmp_path):
+  oracle = torch_clip.OpenAIClip(act="gelu")
+  state = {k: v.contiguous() for k, v in oracle.state_dict().items()}
+  file = tmp_path / "open_clip_model.safetensors"
+  safetensors.torch.save_file(state, file)
+  values = {"model_cfg": {"embed_dim": 20, "vision_cfg": {}, "text_cfg": {}}}
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(values))
+  # As timm's repositories: its own tower under the usual name.
+  write(tmp_path, {"patch_embed.proj.weight": np.ones((2, 3, 4, 4), "f")})
+  (tmp_path / "config.json").write_text('{"architecture": "vit_tiny"}')
+  from_folder, from_file = load.clip(tmp_path), load.clip(file)
+  assert from_folder[0] == from_file[0]
+  assert from_file[0].vision.hidden_act == "gelu"
+  same(from_folder[1], from_file[1])
+  # As converted ones: Hugging Face's configuration says more than the tensors.
+  values = from_file[0].to_hf()
+  values["vision_config"]["layer_norm_eps"] = 1e-6
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  assert load.clip(file)[0].vision.layer_norm_eps == 1e-6
+
+
 def test_openai_names_with_a_text_prefix_and_no_activation(tmp_path):
   state = torch_clip.OpenAIClip(act="gelu").state_dict()
   text = ("transformer.", "token_", "positional_", "ln_final", "text_proj")
@@ -245,6 +266,8 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_done(hf, tmp_path):
   extra = params | {"neck": {"scale": np.zeros(3, np.float32)}}
   with pytest.raises(errors.UserError, match=r"\+ neck/scale"):
     export.clip(tmp_path / "new", config, extra)
+  with pytest.raises(errors.UserError, match=r"mine\.txt/new cannot be made"):
+    export.clip(tmp_path / "there/mine.txt/new", config, params)
   assert [p.name for p in tmp_path.iterdir()] == ["there"]
   assert (tmp_path / "there/mine.txt").read_text() == "mine"
 
@@ -571,6 +594,9 @@ def test_tokenizers_that_cannot_be_made_or_read(tmp_path):
   with pytest.raises(errors.UserError, match=r"no tokenizer: tokenizer\.json"):
     load.tokenizer(tmp_path)
   tokenizer.train_tokenizer(CAPTIONS, tmp_path, vocab_size=600)
+  (tmp_path / "model.safetensors").write_bytes(b"")
+  whole = load.tokenizer(tmp_path).get_vocab()
+  assert load.tokenizer(tmp_path / "model.safetensors").get_vocab() == whole
   (tmp_path / "vocab.json").write_text("[1, 2")
   with pytest.raises(errors.UserError, match="cannot be read"):
     load.tokenizer(tmp_path)

@@ -102,9 +102,10 @@ class Spec:
 
 
 def of_clip(folder: pathlib.Path, vision: clip.VisionConfig) -> Spec:
-  """Returns how a plain CLIP is used on people."""
+  """Returns how a plain CLIP, a folder or a file in it, is used on people."""
   height = min(256, vision.image_size * 3 // 2)
   constants = {"mean": export.CLIP_MEAN, "std": export.CLIP_STD}
+  folder = folder if folder.is_dir() else folder.parent
   file = folder / "preprocessor_config.json"
   if file.is_file():
     values = hub.read_json(file)

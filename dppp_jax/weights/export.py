@@ -70,7 +70,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
   """Gives a scratch folder that becomes `folder` if nothing goes wrong.
 
   Raises:
-    errors.UserError: the folder exists already.
+    errors.UserError: the folder exists already, or cannot be made.
   """
   folder = pathlib.Path(folder).expanduser()
   taken = errors.UserError(
@@ -79,10 +79,15 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
   )
   if folder.exists():
     raise taken
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-  )
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(
+      tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    )
+  except OSError as error:
+    raise errors.UserError(
+      f"{folder} cannot be made ({error.strerror}): give another name"
+    ) from error
   try:
     yield scratch
     scratch.chmod(0o755)  # mkdtemp's folder is for its owner's eyes only.

@@ -34,7 +34,7 @@ def clip(
     errors.UserError: nothing to load there, or it does not fit: every tensor
       is accounted for.
   """
-  path = hub.resolve(path)
+  path = _open_clip(hub.resolve(path))
   tensors = hub.read_tensors(path)
   if "visual.conv1.weight" in tensors:
     prefix = "" if "token_embedding.weight" in tensors else "text."
@@ -82,14 +82,14 @@ def tokenizer(path: str | pathlib.Path, *, pad: str | None = None) -> Any:
 
   Args:
     path: a folder (or hub id) with tokenizer.json, or with vocab.json and
-      merges.txt.
+      merges.txt, or a file that lies beside them.
     pad: the token that fills up, where it is not the folder's: "!" for the
       second encoder of SDXL.
 
   Raises:
     errors.UserError: the files are missing or cannot be read.
   """
-  folder = hub.resolve(path)
+  folder = _beside(hub.resolve(path)).parent
   has = lambda *names: all((folder / name).is_file() for name in names)
   if not has("tokenizer.json") and not has("vocab.json", "merges.txt"):
     raise errors.UserError(
@@ -161,6 +161,23 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
   return (path if path.is_dir() else path.parent) / "config.json"
 
 
+def _open_clip(path: pathlib.Path) -> pathlib.Path:
+  """Returns OpenCLIP's file where the folder's usual one is timm's.
+
+  timm's repositories hold its own vision tower beside OpenCLIP's CLIP.
+  """
+  file = path / "open_clip_model.safetensors"
+  told = (path / "open_clip_config.json").is_file() and file.is_file()
+  return file if told and _hf_config(path) is None else path
+
+
+def _hf_config(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the config.json of a folder where it is one of a whole CLIP."""
+  path = folder / "config.json"
+  values = hub.read_json(path) if path.is_file() else {}
+  return values if "vision_config" in values else None
+
+
 def _openai_config(
   path: pathlib.Path,
   tensors: Mapping[str, np.ndarray],
@@ -170,10 +187,8 @@ def _openai_config(
   """Reads off the tensors what they tell, and elsewhere what they do not."""
   folder = _beside(path).parent
   extra: dict[str, Any] = {}
-  if path.is_dir() and (folder / "config.json").is_file():
-    values = hub.read_json(folder / "config.json")
-    if "vision_config" in values:
-      return clip_lib.Config.from_hf(values)
+  if (values := _hf_config(folder)) is not None:
+    return clip_lib.Config.from_hf(values)
   if (folder / "open_clip_config.json").is_file():
     extra = hub.read_json(folder / "open_clip_config.json")
     extra = extra.get("model_cfg", extra)
