@@ -32,7 +32,7 @@ def define_flags():
   text("data_dir", None, "Shards of training images: adds the paper's Fig. 6.")
   text("out", None, "Folder of the results: the workdir, or evaluation/.")
   switch("overwrite", False, "Replace the results of an earlier evaluation.")
-  flags.DEFINE_integer("batch_size", 64, "Images a step.")
+  flags.DEFINE_integer("batch_size", 64, "Images a step.", lower_bound=1)
 
 
 def main(args) -> None:

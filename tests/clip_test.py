@@ -431,6 +431,26 @@ def test_bad_configurations_name_the_key(changes, message):
     clip.Config.from_hf(values)
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"projection_dim": None}, "projection_dim is None"),
+    ({"projection_dim": "512"}, "projection_dim is '512'"),
+    ({"text_config": "small"}, "no text_config"),
+  ],
+)
+def test_bad_configurations_of_both_towers(changes, message):
+  values = torch_clip.hf_config().to_dict() | changes
+  with pytest.raises(errors.UserError, match=message):
+    clip.Config.from_hf(values)
+
+
+def test_bad_width_of_a_single_tower():
+  values = torch_clip.hf_config().to_dict()["text_config"]
+  with pytest.raises(errors.UserError, match="projection_dim is '512'"):
+    clip.text_from_hf(values | {"projection_dim": "512"})
+
+
 def test_configurations_are_read_as_transformers_reads_them():
   old = {
     "projection_dim": 7,

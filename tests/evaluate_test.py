@@ -289,6 +289,7 @@ def spoilt(run_folder, tmp_path, change):
     ("partial", "go on with --allow_partial"),
     ("content of a clip", "needs the projector"),
     ("no step", "no step 4"),
+    ("no batch", "batch_size"),
     ("nan", "visual_projection/kernel holds NaN"),
     ("other", "is it a checkpoint of another model"),
     ("no root", "benchmark_root"),
@@ -306,6 +307,7 @@ def test_bad_input_ends_with_one_line(
     "partial": (model, data, "--noallow_partial"),
     "content of a clip": (model, data, "--feature=content"),
     "no step": (f"--workdir={run_folder}", "--step=4", data),
+    "no batch": (model, data, "--batch_size=0"),
     "no root": (model,),
     "unknown flag": (model, data, "--colour=1"),
   }.get(case)

@@ -198,6 +198,8 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     report.refuse_existing(tmp_path / "no", path)
   with pytest.raises(errors.UserError, match="exists already"):
     report.write_json(path, {})
+  with pytest.raises(errors.UserError, match=r"report\.html: no folder"):
+    report.refuse_existing(path / "below" / "evaluation.json")
   assert path.read_text() == "precious"
   report.write(path, "t", [], overwrite=True)
   assert "<html" in path.read_text()

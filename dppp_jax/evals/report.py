@@ -164,11 +164,16 @@ def write_json(
 
 
 def refuse_existing(*paths: pathlib.Path, overwrite: bool = False) -> None:
-  """Raises UserError where a result lies already, before hours of work."""
+  """Raises UserError where no result can be written, before hours of work."""
   for path in paths:
     if path.exists() and not overwrite:
       raise errors.UserError(
         f"{path} exists already: give another --out, or --overwrite"
+      )
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+      raise errors.UserError(
+        f"{folder}: no folder that can be written to: give another --out"
       )
 
 

@@ -8,16 +8,25 @@ from dppp_jax import errors
 from dppp_jax.models import layers
 
 
-def _check(config: Any) -> None:
-  """Refuses sizes that cannot be built, in the words of config.json."""
+def _check_numbers(config: Any) -> None:
+  """Refuses what is no whole number, in the words of config.json."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     least = 0 if field.name.endswith("_id") else 1
-    if field.type is int and (not isinstance(value, int) or value < least):
+    if field.type not in (int, int | None):
+      continue
+    if value is None and field.type is not int:
+      continue
+    if not isinstance(value, int) or value < least:
       raise errors.UserError(
         f"{field.name} is {value!r} in the CLIP configuration: it must be a"
         f" whole number of at least {least}"
       )
+
+
+def _check(config: Any) -> None:
+  """Refuses towers that cannot be built, in the words of config.json."""
+  _check_numbers(config)
   if config.hidden_size % config.num_attention_heads:
     raise errors.UserError(
       f"hidden_size {config.hidden_size} is not a multiple of"
@@ -138,6 +147,7 @@ class Config:
   logit_scale_init_value: float = 2.6592
 
   def __post_init__(self):
+    _check_numbers(self)
     # As in transformers, the outer number rules over those of the towers.
     for name in ("vision", "text"):
       tower = dataclasses.replace(
@@ -157,7 +167,7 @@ class Config:
       # Early files hold a second, older spelling, and transformers lets it
       # win with all its defaults.
       tower = values.get(f"{name}_config_dict") or values.get(f"{name}_config")
-      if tower is None:
+      if not isinstance(tower, Mapping):
         raise errors.UserError(
           f"config.json has no {name}_config: is it the config.json of a"
           f" CLIP? model_type is {values.get('model_type')!r}"
