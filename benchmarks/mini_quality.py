@@ -56,7 +56,12 @@ class Stage:
     sampler = cli.load_config("geneperson.py:mini").sampler
     self.settings = {"steps": sampler.steps, "guidance": sampler.guidance}
     controls = [assets / f"controlnet-{kind}" for kind in ("openpose", "canny")]
-    parts = components.load_components(assets / "sdxl", controlnets=controls)
+    parts = components.load_components(
+      assets / "sdxl",
+      controlnets=controls,
+      scheduler=sampler.scheduler or None,
+      k_diffusion=sampler.k_diffusion,
+    )
     self._sampler = sampler_lib.Sampler(
       parts, devices=devices.share(0, batch_size=_BATCH)
     )
