@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 _ASSETS = cli.ROOT / "dppp_jax/assets/mini"
 _NUM = 8
-if not (_ASSETS / "controlnet-canny").exists():
-  pytest.skip("these networks are not shipped yet", allow_module_level=True)
+if not (_ASSETS / "loras").exists():
+  pytest.skip("the LoRAs are not shipped yet", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
