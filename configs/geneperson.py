@@ -161,8 +161,8 @@ def _mini() -> ml_collections.ConfigDict:
   config.prompt.vocabulary = f"{_MINI}/vocabulary.json"
   config.prompt.negative = ""
   config.prompt.long = "error"
-  config.sampler.scheduler = "dpmpp_2m"  # In twelve steps as good as others in
-  config.sampler.k_diffusion = False  # twenty; with the folder's own spacing.
+  config.sampler.scheduler = "dpmpp_2m"  # Needs few steps. Where they lie, the
+  config.sampler.k_diffusion = False  # folder says, which it was trained for.
   config.sampler.steps = 12
   config.sampler.guidance = 2.0
   config.backgrounds.count = 5

@@ -3,7 +3,7 @@
   python launch/pretrain.py --config configs/pretrain_controlnet_canny.py \
     --workdir runs/pretrain_controlnet_canny
 
-Needs the mini SDXL (configs/pretrain_unet.py). Ends with the folder
+Needs the mini SDXL (configs/pretrain_unet.py:more). Ends with the folder
 `workdir/controlnet-canny` in diffusers' layout. On a GPU:
 `--config.dtype=bfloat16`. `:smoke` takes seconds and learns nothing.
 """

@@ -5,7 +5,7 @@ The shipped one learns beside its UNet, in configs/pretrain_unet.py.
   python launch/pretrain.py --config configs/pretrain_controlnet_openpose.py \
     --workdir runs/pretrain_controlnet_openpose
 
-Needs the mini SDXL (configs/pretrain_unet.py). Ends with the folder
+Needs the mini SDXL (configs/pretrain_unet.py:more). Ends with the folder
 `workdir/controlnet-openpose` in diffusers' layout. On a GPU:
 `--config.dtype=bfloat16`. `:smoke` takes seconds and learns nothing.
 """

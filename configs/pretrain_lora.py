@@ -3,7 +3,7 @@
   python launch/pretrain.py --config configs/pretrain_lora.py \
     --workdir runs/pretrain_lora
 
-Needs the mini SDXL (configs/pretrain_unet.py). Ends with the folder
+Needs the mini SDXL (configs/pretrain_unet.py:more). Ends with the folder
 `workdir/loras`, one .safetensors file in kohya's format for each, and a card
 that says what each of them changes. `:smoke` takes seconds and learns nothing.
 """
