@@ -252,6 +252,13 @@ def test_what_is_exported_transformers_loads(hf, tmp_path):
   assert size(tmp_path / "half") < 0.7 * size(target)
 
 
+def test_others_may_read_what_is_exported(hf, tmp_path):
+  config, params = load.clip(hf[0])
+  folder = export.clip(tmp_path / "new", config, params)
+  files = [folder, *folder.iterdir()]
+  assert [path.name for path in files if not path.stat().st_mode & 0o4] == []
+
+
 def test_export_overwrites_nothing_and_leaves_nothing_half_done(hf, tmp_path):
   config, params = load.clip(hf[0])
   (tmp_path / "there").mkdir()

@@ -14,7 +14,6 @@ import pathlib
 import jax
 from jax import export as jax_export
 import numpy as np
-import safetensors.numpy
 
 from dppp_jax import errors, trees
 from dppp_jax.evals import extractor as extractor_lib
@@ -43,11 +42,11 @@ def save(
     export_lib.write_json(
       scratch / extractor_lib.EXPORT_FILE, extractor.spec.to_json()
     )
-    tensors = {
-      name: np.ascontiguousarray(leaf)
-      for name, leaf in trees.flatten(extractor.params).items()
-    }
-    safetensors.numpy.save_file(tensors, scratch / extractor_lib.WEIGHTS_FILE)
+    export_lib.write_tensors(
+      scratch / extractor_lib.WEIGHTS_FILE,
+      trees.flatten(extractor.params),
+      dtype="float32",
+    )
     (scratch / PROGRAM_FILE).write_bytes(program(extractor))
   return pathlib.Path(folder)
 

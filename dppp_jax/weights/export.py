@@ -133,6 +133,7 @@ def write_tensors(
   # transformers reads no file that does not say who may read it.
   header = {"format": "pt", **(metadata or {})}
   safetensors.numpy.save_file(cast, path, metadata=header)
+  path.chmod(0o644)  # The library's files are for their owner's eyes only.
   with path.open("rb") as file:
     os.fsync(file.fileno())
 
