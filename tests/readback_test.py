@@ -82,6 +82,19 @@ def test_histograms_see_what_is_inside_the_matte_only(drawn, colours):
   assert before == after
 
 
+def test_a_bin_gives_a_tenth_to_each_neighbour():
+  table = np.zeros((2, 8, 8, 8))
+  table[0, 4, 4, 4] = 1000  # Has neighbours on all sides,
+  table[1, 0, 4, 7] = 1000  # and on one side of two axes only.
+  found = readback._blurred(table.reshape(2, -1)).reshape(table.shape)
+  np.testing.assert_allclose(found.sum(axis=(1, 2, 3)), 1000)
+  assert found[0, 4, 4, 4] == pytest.approx(1000 * 0.8**3)
+  assert found[0, 3, 4, 4] == pytest.approx(1000 * 0.1 * 0.8**2)
+  assert found[0, 5, 5, 3] == pytest.approx(1000 * 0.1**3)
+  assert found[1, 0, 4, 7] == pytest.approx(1000 * 0.9 * 0.8 * 0.9)
+  assert found[1, 1, 4, 7] == pytest.approx(1000 * 0.1 * 0.8 * 0.9)
+
+
 def test_regions_follow_the_kind_of_clothes():
   points = np.zeros((18, 3))
   for side, x in (("right", 18), ("left", 30)):

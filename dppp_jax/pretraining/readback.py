@@ -30,6 +30,7 @@ COLOURED = ("upper", "lower")
 _BINS = 8  # Of each colour channel.
 _WITNESSES = 100  # How many pixels a person's clothes count for.
 _PRIOR = 100  # How many pixels the colour in any pattern counts for.
+_SHIFTED = 0.1  # Share of a bin's pixels that may as well fall into the next.
 _RING = 2  # Pixels of a cell's border, half a grid line and one more.
 
 
@@ -85,7 +86,8 @@ class Colours:
   A naive Bayes over the colours of single pixels, learned from drawn canvases:
   p(colour | pixels, pattern) ~ prod p(pixel | colour, pattern). The pattern is
   given, because a grey shirt with white stripes and a white one with grey
-  stripes differ in nothing else.
+  stripes differ in nothing else. A colour near the edge of a bin is taken to
+  fall into the next one, too: what is generated is a little off.
 
   Args:
     corpus: of people in known clothes; places are left out.
@@ -113,7 +115,7 @@ class Colours:
       whole = sum(tables.values()) + 0.5
       prior = whole / whole.sum(axis=1, keepdims=True)
       for pattern, table in tables.items():
-        mixed = table + _PRIOR * prior
+        mixed = _blurred(table + _PRIOR * prior)
         shares = mixed / mixed.sum(axis=1, keepdims=True)
         self._logs[part][pattern] = np.log(shares)
 
@@ -221,6 +223,16 @@ def _histogram(part, cells, mattes, keypoints, words) -> np.ndarray:
     counts += np.bincount(codes, minlength=_BINS**3)
   # Neighbouring pixels say the same: they do not count as witnesses each.
   return counts / max(counts.sum(), 1.0) * _WITNESSES
+
+
+def _blurred(tables: np.ndarray) -> np.ndarray:
+  """Gives a share of each bin's counts, [N, bins^3], to its neighbours."""
+  aside = np.eye(_BINS, k=1) + np.eye(_BINS, k=-1)
+  aside[0, 0] = aside[-1, -1] = 1  # There is no bin beyond.
+  mix = (1 - 2 * _SHIFTED) * np.eye(_BINS) + _SHIFTED * aside
+  cube = tables.reshape(-1, _BINS, _BINS, _BINS)
+  cube = np.einsum("rR,gG,bB,nRGB->nrgb", mix, mix, mix, cube, optimize=True)
+  return cube.reshape(tables.shape)
 
 
 def _region(part, points, shape, words) -> np.ndarray:
