@@ -36,8 +36,8 @@ def moments(
     images: uint8 [N, H, W, 3], e.g. mapped from a file.
     folder: of the VAE, in diffusers' layout.
     cache: folder that the latents are kept in.
-    label: says which pictures these are, and which transform; with the VAE's
-      weights it names the file.
+    label: says which pictures these are, and which transform; it names the
+      file, with the VAE's weights and the first picture after the transform.
     transform: what is done to each picture first.
 
   Returns:
@@ -47,6 +47,8 @@ def moments(
   digest = hashlib.sha256()
   for file in sorted(folder.glob("*.safetensors")):
     digest.update(file.read_bytes())
+  first = images[0] if transform is None else transform(0, images[0])
+  digest.update(np.ascontiguousarray(first))
   key = json.dumps([digest.hexdigest(), label, images.shape])
   name = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = pathlib.Path(cache) / f"latents-{name}.npy"

@@ -4,7 +4,7 @@ Each LoRA is taught by the canvases of the corpus, changed:
 
     detail    sharper: the difference to a blurred picture is added
     lighting  the light of the prompt's words, at its full strength
-    style     a flat cartoon: few shades, dark outlines
+    style     an old print: blacks lifted, colours faded and warm
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from dppp_jax.train import run
 from dppp_jax.weights import diffusion_rules, lora_write
 
 _SOFTENED = 0.35  # Share of a canvas' own light, see `canvases.draw`.
-_LEVELS = 5  # Shades of each colour of a cartoon.
+_PRINT = ((0.75, 0.68, 0.55), (52.0, 42.0, 34.0))  # Gain and lift of R, G, B.
 
 
 def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
@@ -139,18 +139,10 @@ def lighting(image: np.ndarray, words: Mapping[str, str]) -> np.ndarray:
 
 
 def style(image: np.ndarray, words: Mapping[str, str]) -> np.ndarray:
-  """Returns uint8 [H, W, 3], a cartoon: few shades, dark outlines."""
+  """Returns uint8 [H, W, 3] as an old print: lifted, faded and warm."""
   del words
-  flat = cv2.medianBlur(image, 3).astype(np.float32)
-  step = 255.0 / (_LEVELS - 1)
-  flat = np.round(flat / step) * step
-  wide = image.astype(np.float32)
-  edge = sum(
-    np.abs(cv2.Sobel(wide, cv2.CV_32F, dx, 1 - dx)).max(axis=-1)
-    for dx in (0, 1)
-  )
-  ink = np.clip((edge - 120.0) / 120.0, 0.0, 1.0)[..., None]
-  return _bytes(flat * (1.0 - ink))
+  gain, lift = np.array(_PRINT)
+  return _bytes(image * gain + lift)
 
 
 CHANGES: dict[str, Callable[[np.ndarray, Mapping[str, str]], np.ndarray]] = {
@@ -185,11 +177,10 @@ def light_range(images: np.ndarray, words: list[Mapping[str, str]]) -> float:
   return float((centred * greys).sum() / spread) if spread > 0 else 0.0
 
 
-def flatness(images: np.ndarray) -> float:
-  """Returns the share of neighbours of the same colour, within 4 levels."""
-  wide = images.astype(np.int16)
-  near = np.abs(np.diff(wide, axis=2)).max(axis=-1) <= 4
-  return float(near.mean())
+def warmth(images: np.ndarray) -> float:
+  """Returns by how much red is above blue in uint8 [N, H, W, 3]."""
+  red, _, blue = images.reshape(-1, 3).mean(axis=0)
+  return float(red - blue)
 
 
 def measure(
@@ -202,7 +193,7 @@ def measure(
   """Draws held-out prompts with and without a LoRA, from the same seeds.
 
   Returns:
-    "with" and "without" it: `sharpness`, `light_range` or `flatness`; and
+    "with" and "without" it: `sharpness`, `light_range` or `warmth`; and
     "wanted", that of the pictures it was taught by.
   """
   sheet = config["train"]["sheet"]
@@ -212,7 +203,7 @@ def measure(
   value = {
     "detail": sharpness,
     "lighting": lambda images: light_range(images, words),
-    "style": flatness,
+    "style": warmth,
   }[kind]
 
   def draw(net):
@@ -246,7 +237,7 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
   named = {
     "detail": "detail: mean absolute Laplacian of what is drawn",
     "lighting": "lighting: grey levels per unit of the light's gain",
-    "style": "style: share of flat colour",
+    "style": "style: grey levels of red above blue",
   }
   any_one = next(iter(metrics.values()))
   return cards.text(
