@@ -1,7 +1,6 @@
 """This project drawing the canvases of benchmarks/generation.py."""
 
 import math
-import resource
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import remote
 import traced_flops
 
 from dppp_jax import devices, trees
@@ -199,8 +199,8 @@ class Side:
     return 2 * size**3 / timed["min"]
 
   def memory(self) -> dict[str, float]:
-    """Returns the most bytes so far, of the process and on the GPU."""
-    found = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    """Returns the most bytes, of the process (see `remote`) and on the GPU."""
+    found = {"host": remote.resident("VmHWM")}
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       found["device"] = stats["peak_bytes_in_use"]

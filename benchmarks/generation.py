@@ -152,6 +152,8 @@ def _measure(
     with notes.instead(f"batch {batch}, {name}"):
       seconds, _ = side.time(_VARIANT[name], batch)
       found[name] = {"first_s": seconds, "times_s": [], "cpus_s": []}
+      # Of compiling: PyTorch's works in processes of its own, ours in this one.
+      found[name]["first_host_bytes"] = side.forget_peak()
   for _ in range(args.rounds):
     for name in list(found):
       row = found[name]

@@ -4,6 +4,8 @@ Two frameworks in one process share threads, allocators and CUDA libraries, and
 their memory cannot be told apart.
 """
 
+import ctypes
+import gc
 import importlib
 import multiprocessing
 import pathlib
@@ -68,9 +70,10 @@ def _serve(pipe: Any, path: str, args: tuple[Any, ...]) -> None:
     module, name = path.split(":")
     made = getattr(importlib.import_module(module), name)
     # What the imports take is not the object's.
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     side = made(*args)
-    side.host_memory = lambda: _resident("VmHWM") - before
+    side.host_memory = lambda: resident("VmHWM") - before
+    side.forget_peak = _forget_peak
 
   def answer(fn, given):
     try:
@@ -88,7 +91,20 @@ def _serve(pipe: Any, path: str, args: tuple[Any, ...]) -> None:
     answer(getattr(side, name), given)
 
 
-def _resident(key: str) -> int:
+def _forget_peak() -> int:
+  """Returns VmHWM, and lets it begin anew with what is in use now."""
+  peak = resident("VmHWM")
+  gc.collect()
+  try:
+    # What was freed but kept is not in use.
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+  except (OSError, AttributeError):  # Another system: the peak of all.
+    pass
+  return peak
+
+
+def resident(key: str) -> int:
   """Returns VmRSS (now) or VmHWM (at most so far) in bytes; 0 if unknown."""
   try:
     status = pathlib.Path("/proc/self/status").read_text()

@@ -6,7 +6,6 @@ convolutions, and torch.compile of all networks as a variant.
 
 import contextlib
 import pathlib
-import resource
 import shutil
 import time
 from typing import Any
@@ -17,6 +16,7 @@ import diffusers
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 import generation_setting
 import numpy as np
+import remote
 import torch
 import transformers
 
@@ -234,8 +234,8 @@ class Side:
     return 2 * size**3 / min(seconds)
 
   def memory(self) -> dict[str, float]:
-    """Returns the most bytes so far, of the process and on the GPU."""
-    found = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    """Returns the most bytes, of the process (see `remote`) and on the GPU."""
+    found = {"host": remote.resident("VmHWM")}
     if self.device == "cuda":
       found["device"] = torch.cuda.max_memory_allocated()
     return found
