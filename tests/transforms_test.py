@@ -43,6 +43,8 @@ def oracle(images, draws, spec):
       r, g, b = np.moveaxis(image, -1, 0)
       grey = np.mean(0.2989 * r + 0.587 * g + 0.114 * b)
       image = np.clip(factor * image + (1 - factor) * grey, 0, 1)
+    if "gain" in draws:
+      image = np.clip(image * draws["gain"][i].astype(np.float64), 0, 1)
     if spec.normalize == "instance":
       image = torch.nn.functional.instance_norm(
         torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
@@ -68,6 +70,7 @@ SPECS = {
     std=(0.26, 0.27, 0.28),
   ),
   "instance": transforms.Augment(pad=2, normalize="instance"),
+  "cameras": transforms.Augment(pad=2, gain=(0.5, 1.5)),
 }
 
 
@@ -162,7 +165,9 @@ def test_keys_and_places_differ():
 
 def test_draws_have_the_distributions_asked_for():
   n = 8192
-  spec = transforms.Augment(flip=0.3, pad=2, contrast=(0.5, 1.5))
+  spec = transforms.Augment(
+    flip=0.3, pad=2, contrast=(0.5, 1.5), gain=(0.5, 1.5)
+  )
   draws = jax.jit(transforms.draw, static_argnums=(1, 2))(
     jax.random.key(0), (n, H, W, 3), spec
   )
@@ -171,8 +176,11 @@ def test_draws_have_the_distributions_asked_for():
     shares = np.bincount(draws[name]) / n  # 0 to 2 * pad, both included.
     np.testing.assert_allclose(shares, [0.2] * 5, atol=0.02)
   assert abs(np.corrcoef(draws["top"], draws["left"])[0, 1]) < 0.04
-  shares, _ = np.histogram(draws["contrast"], 10, (0.5, 1.5))
-  np.testing.assert_allclose(shares / n, [0.1] * 10, atol=0.015)
+  for values in (draws["contrast"], *draws["gain"].T):
+    shares, _ = np.histogram(values, 10, (0.5, 1.5))
+    np.testing.assert_allclose(shares / n, [0.1] * 10, atol=0.015)
+  # Each channel has its own.
+  assert np.abs(np.corrcoef(draws["gain"].T) - np.eye(3)).max() < 0.04
 
 
 def naive_box(rng, height, width, spec):
@@ -254,6 +262,7 @@ def test_lists_of_a_config_become_tuples():
     (dict(erasing=-0.1), "augment.erasing = -0.1"),
     (dict(pad=-1), "augment.pad = -1"),
     (dict(contrast=(1.5, 0.5)), "augment.contrast"),
+    (dict(gain=(-0.1, 0.5)), "augment.gain"),
     (dict(erasing_aspect=(0.0, 3.0)), "augment.erasing_aspect"),
     (dict(normalize="batch"), "use one of constants, instance"),
     (dict(std=(0.5, 0.0, 0.5)), "std above 0"),

@@ -31,6 +31,8 @@ class Augment:
       size; 0 switches both off.
     contrast: range of the factor drawn per picture, or None. 1 changes
       nothing, 0 leaves an even grey.
+    gain: range of the factors drawn per picture and channel, or None: the
+      exposure and the white balance of another camera.
     normalize: "constants" subtracts `mean` and divides by `std`; "instance"
       uses the picture's own statistics (CLIP-FGDI).
     mean: per channel, of values in [0, 1].
@@ -43,6 +45,7 @@ class Augment:
   flip: float = 0.5
   pad: int = 10
   contrast: tuple[float, float] | None = (0.5, 1.5)
+  gain: tuple[float, float] | None = None
   normalize: str = "constants"
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -63,11 +66,12 @@ class Augment:
         )
     if self.pad < 0:
       raise errors.UserError(f"augment.pad = {self.pad}: must be at least 0")
-    for key in ("contrast", "erasing_area", "erasing_aspect"):
+    for key in ("contrast", "gain", "erasing_area", "erasing_aspect"):
       value = getattr(self, key)
-      if value is None and key == "contrast":
+      is_colour = key in ("contrast", "gain")
+      if value is None and is_colour:
         continue
-      lowest = 0 if key == "contrast" else 1e-6
+      lowest = 0 if is_colour else 1e-6
       if len(value) != 2 or not lowest <= value[0] <= value[1]:
         raise errors.UserError(
           f"augment.{key} = {value}: give a lower and an upper bound"
@@ -144,8 +148,9 @@ def draw(
 
   Returns:
     Some of "flip" bool [B]; "top" and "left" int32 [B], from 0 to 2 * pad;
-    "contrast" float32 [B]; "box" int32 [B, 4], the top, left, height and width
-    of what is erased, height 0 for nothing; "noise" float32 [B, H, W, 3].
+    "contrast" float32 [B]; "gain" float32 [B, 3]; "box" int32 [B, 4], the top,
+    left, height and width of what is erased, height 0 for nothing; "noise"
+    float32 [B, H, W, 3].
   """
   batch, height, width, _ = shape
   slots = jnp.arange(batch, dtype=jnp.uint32)
@@ -178,6 +183,9 @@ def apply(
     images = jax.lax.optimization_barrier(images)
   if "contrast" in draws:
     images = _adjust_contrast(images, draws["contrast"])
+  if "gain" in draws:
+    gains = draws["gain"][:, None, None]
+    images = jnp.clip(gains * _to_unit(images), 0, 1)
   images = normalize(images, mean=spec.mean, std=spec.std, mode=spec.normalize)
   if "box" in draws:
     images = jnp.where(
@@ -202,6 +210,11 @@ def _draw_one(
     low, high = spec.contrast
     draws["contrast"] = jax.random.uniform(
       rngs.stream(key, "contrast"), minval=low, maxval=high
+    )
+  if spec.gain is not None:
+    low, high = spec.gain
+    draws["gain"] = jax.random.uniform(
+      rngs.stream(key, "gain"), (3,), minval=low, maxval=high
     )
   if spec.erasing:
     draws["box"] = _draw_box(rngs.stream(key, "erasing"), height, width, spec)
