@@ -179,11 +179,11 @@ def _paperdoll() -> ml_collections.ConfigDict:
   config.maker = "paperdoll"
   # Another seed, other people.
   config.seed = 0
-  config.num_identities = 300
+  config.num_identities = 160
   # Pictures drawn of a person, and kept of them: a drawn one is never dropped
   # for its quality, so that more cells than the cap are drawn in vain.
-  config.cells = 20
-  config.cap = 20
+  config.cells = 6
+  config.cap = 6
   config.image_size = (96, 48)  # (H, W); the paper's are 256 x 128.
   config.quality = 95  # Of the JPEGs.
   # How fully the light of a scene falls on the person in front of it, 0..1.
