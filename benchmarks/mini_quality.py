@@ -13,6 +13,7 @@ mini_page.py, docs/mini.md.
 """
 
 import argparse
+from collections.abc import Mapping
 import itertools
 import json
 import pathlib
@@ -24,7 +25,7 @@ import mini_page
 import numpy as np
 import PIL.Image
 
-from dppp_jax import allocator, cli, devices, logs
+from dppp_jax import allocator, cli, devices, logs, types
 from dppp_jax.data import images as images_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.evals import zeroshot
@@ -32,6 +33,7 @@ from dppp_jax.geneperson import components, matting, prompts
 from dppp_jax.paperdoll import canvas_corpus, canvases, lexicon
 from dppp_jax.paperdoll import lighting as lights
 from dppp_jax.pretraining import readback
+from dppp_jax.weights import lora
 
 _SEED = 11  # Of the drawn world; trainings have 0, their cards too.
 _BATCH = 4
@@ -44,8 +46,8 @@ class Stage:
   """The shipped networks, and canvases drawn with them.
 
   Args:
-    assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/
-      and clip/.
+    assets: folder of sdxl/, controlnet-openpose/, controlnet-canny/, u2netp/,
+      clip/ and, for `merged`, loras/.
 
   Attributes:
     settings: "steps" and "guidance", of configs/geneperson.py:mini.
@@ -62,6 +64,7 @@ class Stage:
       scheduler=sampler.scheduler or None,
       k_diffusion=sampler.k_diffusion,
     )
+    self._assets, self._params = assets, parts.params
     self._sampler = sampler_lib.Sampler(
       parts, devices=devices.share(0, batch_size=_BATCH)
     )
@@ -70,8 +73,22 @@ class Stage:
     )
     self.encoder = zeroshot.load(assets / "clip")
 
+  def merged(self, scales: Mapping[str, float]) -> types.Params:
+    """Returns the parameters with LoRAs merged, {name: scale}."""
+    folder = self._assets / "loras"
+    given = [
+      lora.Lora(folder / f"{name}.safetensors", scale=scale)
+      for name, scale in scales.items()
+    ]
+    return self._sampler.place(components.merge_loras(self._params, given))
+
   def canvases(
-    self, drawn: canvas_corpus.Corpus, *, pose: float = 1.0, grid: float = 1.0
+    self,
+    drawn: canvas_corpus.Corpus,
+    *,
+    pose: float = 1.0,
+    grid: float = 1.0,
+    params: types.Params | None = None,
   ) -> np.ndarray:
     """Generates a canvas for each prompt and skeleton of drawn ones.
 
@@ -79,14 +96,14 @@ class Stage:
       drawn: N canvases of people.
       pose: how much the skeletons count.
       grid: how much the grid counts.
+      params: of `merged`; None: those of the base.
 
     Returns:
       uint8 [N, H, W, 3].
     """
     skeletons = np.stack(list(drawn.skeletons()))
-    return self._draw(
-      drawn.prompts, skeletons, canvases.grid_lines(), pose, grid
-    )
+    lines = canvases.grid_lines()
+    return self._draw(drawn.prompts, skeletons, lines, pose, grid, params)
 
   def places(self, prompts: list[str]) -> np.ndarray:
     """Generates places without people."""
@@ -100,7 +117,7 @@ class Stage:
     found = self._mattes(cells.reshape(-1, *cells.shape[2:])).alpha
     return found.reshape(cells.shape[:4])
 
-  def _draw(self, prompts, skeletons, grid, pose, strength):
+  def _draw(self, prompts, skeletons, grid, pose, strength, params=None):
     parts = []
     for start in logs.progress(
       range(0, len(prompts), _BATCH), desc="generating", unit="batch"
@@ -113,6 +130,7 @@ class Stage:
         control_images=[skeletons[places], grid],
         control_scales=[pose, strength],
         size=canvases.LAYOUT.size,
+        params=params,
         **self.settings,
       )
       parts.append(np.asarray(made))

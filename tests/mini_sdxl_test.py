@@ -10,8 +10,8 @@ import pytest
 
 from dppp_jax import cli
 from dppp_jax.geneperson import canvas
-from dppp_jax.paperdoll import canvas_corpus, lexicon
-from dppp_jax.pretraining import readback
+from dppp_jax.paperdoll import canvas_corpus, canvases, lexicon
+from dppp_jax.pretraining import lora, readback
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
@@ -57,8 +57,6 @@ def test_all_small_networks_take_30_megabytes():
   "folder", ["sdxl", "controlnet-openpose", "controlnet-canny", "loras"]
 )
 def test_each_has_a_card(folder):
-  if folder == "loras" and not (_ASSETS / folder).exists():
-    pytest.skip("the LoRAs are not shipped yet")
   text = (_ASSETS / folder / "README.md").read_text()
   assert "drawn" in text and "Licence: Apache-2.0" in text
 
@@ -110,6 +108,27 @@ def test_figures_stand_as_their_skeletons_in_their_cells(stage, drawn, made):
   assert with_pose >= 0.55
   assert with_pose > readback.pose_iou(flat(free), wanted) + 0.1
   assert readback.spill(flat(made[1])) <= 0.03
+
+
+@pytest.mark.parametrize(
+  ("name", "least"), [("detail", 3.0), ("lighting", 20.0), ("style", 20.0)]
+)
+def test_loras_change_what_they_are_for(stage, drawn, made, name, least):
+  words = [record["words"] for record in drawn.records]
+  read = {
+    "detail": lora.sharpness,
+    "lighting": lambda images: lora.light_range(images, words),
+    "style": lora.warmth,
+  }[name]
+  before = np.stack([canvas.join(x, canvases.LAYOUT) for x in made[0]])
+  after = stage.canvases(drawn, params=stage.merged({name: 1.0}))
+  assert read(after) > read(before) + least
+  # It is still one person in the clothes of the prompt.
+  wanted = [record["attributes"] for record in drawn.records]
+  cells = readback.cut(after)
+  assert readback.identity_auc(readback.features_of(stage.encoder, cells)) > 0.9
+  found = readback.attributes(stage.encoder, cells, wanted, ["lower_color"])
+  assert found["lower_color"]["canvas"] >= 0.5
 
 
 def test_places_are_as_light_as_their_hour(stage):
