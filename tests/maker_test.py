@@ -121,7 +121,7 @@ def _pool(studio, root):
   )
 
 
-def _maker(studio, root, **options):
+def _maker(studio, root, *, is_prepared=True, **options):
   made = maker.Maker(
     studio.draw,
     people=studio.people,
@@ -133,7 +133,8 @@ def _maker(studio, root, **options):
     batch_size=BATCH,
     **options,
   )
-  made.prepare(stopped=lambda: False)
+  if is_prepared:
+    made.prepare(stopped=lambda: False)
   return made
 
 
@@ -257,10 +258,9 @@ def test_a_person_depends_on_nobody_else(studio, tmp_path):
 
 
 def test_steps_show_what_became_of_every_cell(studio, tmp_path):
-  made = _maker(studio, tmp_path)
-  made.prepare(stopped=lambda: False)
+  made = _maker(studio, tmp_path, is_prepared=False)
+  found = made.steps(3)  # As in a process that did not make the dataset.
   (_, person), *_ = made.people([3])
-  found = made.steps(3)
   cells, alpha, _ = _cells(3)
   assert found.plan.prompt == studio.people[3].prompt()
   assert tuple(found.reasons) == FATES

@@ -198,7 +198,8 @@ class Maker:
             yield plan.person.pid, job.result()[0]
 
   def steps(self, pid: int) -> Steps:
-    """Makes a person once more, to show how; the backgrounds must be there."""
+    """Makes a person, once more perhaps, to show how."""
+    self.prepare(stopped=lambda: False)
     with futures.ThreadPoolExecutor(1) as threads, _memory(self._batch_size):
       (plan,), *found = self._begin([pid], threads)
       canvas, alpha, peak = (np.asarray(x)[0] for x in found)
