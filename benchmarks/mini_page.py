@@ -32,7 +32,8 @@ _READ = """
 {num} whose clothes are combined as nobody's were in training (`new`), each with
 six skeletons; {steps} steps, guidance {guidance}, seed {seed}. The same readers
 are put to the canvases that the renderer draws for the same prompts: what they
-say of `drawn` is the best they can say.
+say of `drawn` is the best they can say. Shorts and skirts below a coat, which
+hides them but for a strip of a few pixels, are not asked for.
 
 - *by CLIP*: zero-shot class of the six cells' mean feature, by the mini CLIP,
   which has seen drawn canvases and studio people, none of them these.

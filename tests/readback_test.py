@@ -82,6 +82,34 @@ def test_histograms_see_what_is_inside_the_matte_only(drawn, colours):
   assert before == after
 
 
+def test_what_a_coat_hides_is_not_asked_for(drawn, colours):
+  cells, mattes = readback.cut(drawn.images[:4]), readback.cut(drawn.alphas[:4])
+  wanted = [record["attributes"] for record in drawn.records[:4]]
+  rows = (cells, mattes, drawn.keypoints[:4])
+  read = [
+    colours.read("lower", *row) for row in zip(*rows, wanted, strict=True)
+  ]
+  words = [
+    {**x, "upper_type": "shirt", "lower_color": y}
+    for x, y in zip(wanted, read, strict=True)
+  ]
+  right = [
+    colours.read("lower", *row) == row[-1]["lower_color"]
+    for row in zip(*rows, words, strict=True)
+  ]
+  # Of the first nothing is asked: below a coat its shorts cannot be seen.
+  words[0] = {**words[0], "upper_type": "coat", "lower_type": "shorts"}
+  found = colours.agreement(*rows, words)
+  assert found["lower_color"] == pytest.approx(np.mean(right[1:]))
+  for upper, lower, is_seen in (
+    ("coat", "shorts", False), ("coat", "skirt", False),
+    ("coat", "trousers", True), ("jacket", "shorts", True),
+  ):  # fmt: skip
+    clothes = {"upper_type": upper, "lower_type": lower}
+    assert readback.is_seen("lower_pattern", clothes) == is_seen
+    assert readback.is_seen("upper_color", clothes)
+
+
 def test_a_bin_gives_a_tenth_to_each_neighbour():
   table = np.zeros((2, 8, 8, 8))
   table[0, 4, 4, 4] = 1000  # Has neighbours on all sides,

@@ -27,6 +27,7 @@ ATTRIBUTES = (
   "footwear_color", "gender",
 )  # fmt: skip
 COLOURED = ("upper", "lower")
+_SHORT = ("shorts", "skirt")
 _BINS = 8  # Of each colour channel.
 _WITNESSES = 100  # How many pixels a person's clothes count for.
 _PRIOR = 100  # How many pixels the colour in any pattern counts for.
@@ -50,7 +51,8 @@ def attributes(
 
   Returns:
     {attribute: {"cell", "canvas"}}: shares of the cells, one by one, and of
-    the canvases, whose cells' features are averaged.
+    the canvases, whose cells' features are averaged; of those only where the
+    clothes are seen.
   """
   features = features_of(encoder, cells)
   means = features.mean(axis=1)
@@ -58,13 +60,27 @@ def attributes(
   found = {}
   for name in names:
     table = classes(encoder, name)
-    truth = [person[name] for person in wanted]
-    flat = features.reshape(-1, features.shape[-1])
+    seen = [i for i, words in enumerate(wanted) if is_seen(name, words)]
+    truth = [wanted[i][name] for i in seen]
+    flat = features[seen].reshape(-1, features.shape[-1])
     found[name] = {
       "cell": zeroshot.classify(flat, table, np.repeat(truth, cells.shape[1])),
-      "canvas": zeroshot.classify(means, table, truth),
+      "canvas": zeroshot.classify(means[seen], table, truth),
     }
   return found
+
+
+def is_seen(name: str, words: Mapping[str, str]) -> bool:
+  """Returns whether a person's attribute shows.
+
+  Below a coat, shorts and skirts are a strip of a few pixels.
+
+  Args:
+    name: e.g. "lower_color".
+    words: the person's attributes.
+  """
+  is_hidden = words["upper_type"] == "coat" and words["lower_type"] in _SHORT
+  return not (is_hidden and name.startswith("lower_"))
 
 
 def classes(encoder: zeroshot.Encoder, name: str) -> dict[str, np.ndarray]:
@@ -147,16 +163,15 @@ class Colours:
     keypoints: np.ndarray,
     wanted: Sequence[Mapping[str, str]],
   ) -> dict[str, float]:
-    """Returns {"upper_color", "lower_color"}: shares of N canvases."""
+    """Returns {"upper_color", "lower_color"}: shares of where they are seen."""
     rows = list(zip(cells, mattes, keypoints, wanted, strict=True))
-    return {
-      f"{part}_color": float(
-        np.mean(
-          [self.read(part, *row) == row[-1][f"{part}_color"] for row in rows]
-        )
-      )
-      for part in COLOURED
-    }
+    found = {}
+    for part in COLOURED:
+      name = f"{part}_color"
+      seen = [row for row in rows if is_seen(name, row[-1])]
+      right = [self.read(part, *row) == row[-1][name] for row in seen]
+      found[name] = float(np.mean(right))
+    return found
 
 
 def identity_auc(features: np.ndarray) -> float:
@@ -249,7 +264,7 @@ def _region(part, points, shape, words) -> np.ndarray:
     cv2.line(mask, pixel(neck), pixel(pelvis), 255, thickness=3)
     return mask
   # In thighs from the hip on, and shanks from the knee on.
-  is_short = words["lower_type"] in ("shorts", "skirt")
+  is_short = words["lower_type"] in _SHORT
   begin, end = (0.35, 0.85) if is_short else (0.35, 1.6)
   if words["upper_type"] == "coat":
     begin, end = (0.7, 1.0) if is_short else (1.0, 1.7)
