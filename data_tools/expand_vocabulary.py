@@ -26,13 +26,7 @@ _QUESTIONS = {
   "hair_color": "Please list specific hair color names",
   "skin": "Please list the common skin colors",
 }
-_FAULTS = (
-  OSError,
-  ValueError,
-  LookupError,
-  TypeError,
-  http.client.HTTPException,
-)
+_FAULTS = (OSError, ValueError, LookupError, TypeError)
 _FORM = "? Answer with a JSON array of short lower-case English phrases only."
 
 
@@ -78,7 +72,7 @@ def _ask(args, question: str) -> str:
     with urllib.request.urlopen(request, timeout=120) as reply:
       answer = json.load(reply)["choices"][0]["message"]["content"]
       return str.strip(answer)  # A TypeError where it is no text.
-  except _FAULTS as error:
+  except (*_FAULTS, http.client.HTTPException) as error:
     raise errors.UserError(f"{url} gave no answer ({error!r})") from error
 
 
