@@ -1,6 +1,6 @@
 """What the small networks of assets/mini can do, in numbers.
 
-    python benchmarks/mini_quality.py [--num 64] [--assets dppp_jax/assets/mini]
+    python benchmarks/mini_quality.py [--num 256] [--assets dppp_jax/assets/mini]
 
 Prompts and skeletons that no training has seen are drawn: people of the same
 kind as in training (`held_out`), and people whose clothes are combined as
@@ -208,7 +208,7 @@ def main() -> None:
   """Draws, reads, prints and writes."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument(
-    "--num", type=int, default=64, help="canvases of each kind"
+    "--num", type=int, default=256, help="canvases of each kind"
   )
   parser.add_argument(
     "--assets", default=str(cli.ROOT / "dppp_jax/assets/mini")
