@@ -1,6 +1,6 @@
 """What the small networks of assets/mini can do, in numbers.
 
-    python benchmarks/mini_quality.py [--num 256] [--assets dppp_jax/assets/mini]
+    python benchmarks/mini_quality.py [--num 256] [--assets FOLDER]
 
 Prompts and skeletons that no training has seen are drawn: people of the same
 kind as in training (`held_out`), and people whose clothes are combined as
