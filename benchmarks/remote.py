@@ -105,7 +105,10 @@ def _forget_peak() -> int:
 
 
 def resident(key: str) -> int:
-  """Returns VmRSS (now) or VmHWM (at most so far) in bytes; 0 if unknown."""
+  """Returns VmRSS (now) or VmHWM (at most so far) in bytes; 0 if unknown.
+
+  `ru_maxrss` would not do: a child inherits its parent's.
+  """
   try:
     status = pathlib.Path("/proc/self/status").read_text()
   except OSError:

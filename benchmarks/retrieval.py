@@ -11,11 +11,11 @@ there, because it needs three matrices of 3.6 GiB and more for all of them.
 
 import argparse
 import multiprocessing
-import pathlib
 import time
 
 import common
 import numpy as np
+import remote
 
 from dppp_jax.evals import retrieval
 
@@ -108,25 +108,15 @@ def market(repeats: int) -> dict:
   }
 
 
-def _memory(key: str) -> int:
-  """Returns VmRSS (now) or VmHWM (at most so far) of this process in bytes.
-
-  Linux only; `ru_maxrss` would not do, a child inherits its parent's.
-  """
-  status = pathlib.Path("/proc/self/status").read_text()
-  line = next(x for x in status.splitlines() if x.startswith(key))
-  return int(line.split()[1]) * 1024
-
-
 def _msmt(pipe) -> None:
   data = make("msmt17")
   # Whatever the libraries allocate once is not the evaluation's.
   retrieval.evaluate(*(a[:1024] for a in data))
-  before = _memory("VmRSS")
+  before = remote.resident("VmRSS")
   start = time.perf_counter()
   result = retrieval.evaluate(*data)
   seconds = time.perf_counter() - start
-  above = _memory("VmHWM") - before
+  above = remote.resident("VmHWM") - before
   few = 200
   start = time.perf_counter()
   mean_ap, _, _ = plain(*(a[:few] for a in data[:3]), *data[3:])

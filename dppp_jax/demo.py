@@ -35,7 +35,7 @@ DRAWN = (
   " learned from some. These numbers say how the parts work together, not how"
   " well people are found on real cameras."
 )
-_GENERATED = 160  # People; a canvas of six pictures each.
+PEOPLE = 160  # People; a canvas of six pictures each.
 _TOLD = 3  # Of them, of whom the report tells the story.
 _MODELS = ("frozen mini CLIP", "PTL", "PTL + PSD")
 _BENCHMARKS = ("market1501", "dukemtmcreid")
@@ -69,7 +69,7 @@ def main(
     here = folder / f"seed{seed}"
     asked = {"config.seed": seed}
     if preset == "mini":
-      asked["config.num_identities"] = _GENERATED
+      asked["config.num_identities"] = PEOPLE
     call(
       "launch/generate.py",
       f"--config=configs/geneperson.py:{preset}",
@@ -218,7 +218,7 @@ def _people(data_dir: pathlib.Path, preset: str) -> list[report.Section]:
   if preset != "mini":
     return [first]
   config = cli.load_config(f"geneperson.py:{preset}").to_dict()
-  config["num_identities"] = _GENERATED
+  config["num_identities"] = PEOPLE
   maker = generation.build(config, data_dir=data_dir, is_needed=True).maker
   return [first, _story(maker, range(_TOLD))]
 

@@ -18,6 +18,7 @@ def progress(
   desc: str = "",
   unit: str = "it",
   initial: int = 0,
+  bar_format: str | None = None,
 ) -> tqdm.tqdm:
   """Returns a tqdm bar on stderr; silent where stderr is not a terminal.
 
@@ -27,6 +28,7 @@ def progress(
     desc: what is being done.
     unit: name of one unit, e.g. "image".
     initial: units already done by an earlier run.
+    bar_format: tqdm's, for a bar that shows other rates.
   """
   return tqdm.tqdm(
     iterable,
@@ -34,6 +36,7 @@ def progress(
     desc=desc,
     unit=unit,
     initial=initial,
+    bar_format=bar_format,
     dynamic_ncols=True,
     disable=not sys.stderr.isatty(),
   )

@@ -115,11 +115,7 @@ def test_figures_stand_as_their_skeletons_in_their_cells(stage, drawn, made):
 )
 def test_loras_change_what_they_are_for(stage, drawn, made, name, least):
   words = [record["words"] for record in drawn.records]
-  read = {
-    "detail": lora.sharpness,
-    "lighting": lambda images: lora.light_range(images, words),
-    "style": lora.warmth,
-  }[name]
+  read = lora.reading(name, words)
   before = np.stack([canvas.join(x, canvases.LAYOUT) for x in made[0]])
   after = stage.canvases(drawn, params=stage.merged({name: 1.0}))
   assert read(after) > read(before) + least

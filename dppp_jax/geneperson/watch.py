@@ -15,6 +15,7 @@ from dppp_jax.data import images
 from dppp_jax.geneperson import disk
 
 _SHEET = (8, 12)  # Rows (people) and columns (pictures) of a contact sheet.
+# Without tqdm's own rate: `Progress.text` has it, and two more.
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _CANVASES = 4  # Side by side on a sheet of raw canvases.
 _QUIET_SECONDS = 30.0  # Between log lines where there is no progress bar.
@@ -39,10 +40,8 @@ class Progress:
     clock: Callable[[], float] = time.monotonic,
   ):
     self._bar = logs.progress(
-      total=done + todo, initial=done, desc="geneperson"
+      total=done + todo, initial=done, desc="geneperson", bar_format=_BAR
     )
-    # Without tqdm's own rate: `text` has it, and two more.
-    self._bar.bar_format = _BAR
     self._done, self._total, self._unit = 0, todo, unit
     self._images = self._dropped = 0
     self._clock = clock

@@ -183,6 +183,22 @@ def warmth(images: np.ndarray) -> float:
   return float(red - blue)
 
 
+def reading(
+  kind: str, words: list[Mapping[str, str]]
+) -> Callable[[np.ndarray], float]:
+  """Returns what a LoRA is measured by: uint8 [N, H, W, 3] -> a number.
+
+  Args:
+    kind: of `CHANGES`.
+    words: of each picture, with "lighting".
+  """
+  return {
+    "detail": sharpness,
+    "lighting": lambda images: light_range(images, words),
+    "style": warmth,
+  }[kind]
+
+
 def measure(
   kind: str,
   stack: stack_lib.Stack,
@@ -198,13 +214,10 @@ def measure(
   """
   sheet = config["train"]["sheet"]
   num = min(config["data"]["num_measured"], len(held_out))
+  num -= num % sheet["num"]  # Whole batches.
   sampler = stack.sampler(jnp.dtype(config["dtype"]))
   words = [held_out.records[i]["words"] for i in range(num)]
-  value = {
-    "detail": sharpness,
-    "lighting": lambda images: light_range(images, words),
-    "style": warmth,
-  }[kind]
+  value = reading(kind, words)
 
   def draw(net):
     placed = sampler.place({**stack.params, "unet": net})
@@ -217,11 +230,10 @@ def measure(
         size=held_out.images.shape[1:3],
         params=placed,
       )
-      for start in range(0, num - num % sheet["num"], sheet["num"])
+      for start in range(0, num, sheet["num"])
     ]
     return np.concatenate([np.asarray(part) for part in parts])
 
-  words = words[: num - num % sheet["num"]]
   change = _transform(kind, held_out)
   wanted = [change(i, held_out.images[i]) for i in range(len(words))]
   return {
