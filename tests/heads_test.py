@@ -89,7 +89,7 @@ def test_neck_of_bfloat16_features_is_float32():
 
 
 def test_linear_begins_as_torchs():
-  module = heads.Linear(300, dtype=jnp.float64)
+  module = heads.linear(64, 300, dtype=jnp.float64)
   params = module.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
   for x in (params["kernel"], params["bias"]):
     assert np.abs(x).max() <= 1 / 8

@@ -10,7 +10,7 @@ import transformers
 
 from dppp_jax import errors
 from dppp_jax.methods import prompts
-from dppp_jax.models import clip
+from dppp_jax.models import clip, packing
 
 _WORDS = ("a", "photo", "of", "style", "person", ".")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz."
@@ -104,48 +104,90 @@ def test_a_vocabulary_without_letters_is_named(tmp_path):
     prompts.style_content(tokenizer, k=6)
 
 
-def test_fill_puts_words_in_reading_order(whole):
-  template = prompts.style_content(whole, k=2)
-  rng = np.random.default_rng(0)
-  tokens = rng.normal(size=(len(template.ids), 5)).astype(np.float32)
-  words = rng.normal(size=(3, 3, 5)).astype(np.float32)
-  filled = np.asarray(prompts.fill(template, tokens, words))
-  assert filled.shape == (3, 10, 5)
-  for b in range(3):
-    expected = tokens.copy()
-    expected[2], expected[3], expected[7] = words[b]
-    np.testing.assert_array_equal(filled[b], expected)
-  grad = jax.grad(lambda w: prompts.fill(template, tokens, w).sum())(words)
-  assert np.array_equal(grad, np.ones_like(words))
-  with pytest.raises(ValueError, match="2 words for 3"):
-    prompts.fill(template, tokens, words[:, :2])
-
-
-def test_own_length_is_enough(whole):
-  """A filled prompt encodes as the sentence of its words, padded to 77."""
+def _tower(whole):
   config = clip.TextConfig(
     vocab_size=len(whole),
     hidden_size=16,
     intermediate_size=32,
-    num_hidden_layers=2,
+    num_hidden_layers=3,
     num_attention_heads=2,
     projection_dim=6,
     bos_token_id=whole.bos_token_id,
     eos_token_id=whole.eos_token_id,
   )
-  tower = clip.TextTower(config)
-  variables = {"params": clip.init_params(config, jax.random.key(0))}
-  template = prompts.style_content(whole, k=2)
-  embed = lambda ids: tower.apply(variables, ids, method="embed")
-  real = "a photo of style of a photo person"
-  ids = whole(real, padding="max_length", max_length=77)["input_ids"]
-  expected = tower.apply(variables, jnp.array([ids])).projected
-  words = whole("photo of photo", add_special_tokens=False)["input_ids"]
-  filled = prompts.fill(
-    template, embed(jnp.array([template.ids]))[0], embed(jnp.array([words]))
+  params = clip.init_params(config, jax.random.key(0))
+  return clip.TextTower(config, dtype=jnp.float64), params
+
+
+def test_pseudo_words_are_read_as_words(whole):
+  """A filled prompt encodes as the sentence of its words, padded to 77."""
+  tower, params = _tower(whole)
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    variables = {"params": params}
+    asked = prompts.Prompts(
+      (prompts.style_content(whole, k=2), prompts.content(whole))
+    )
+    real = [
+      ("a photo of style of a photo person", "photo of photo"),
+      ("a photo of a style person", "style"),
+    ]
+    words, expected = [], []
+    for sentence, fills in real:
+      ids = whole(fills, add_special_tokens=False)["input_ids"]
+      found = tower.apply(variables, jnp.array([ids]), method="embed")
+      # The second example has other words, so that none is read for another.
+      words.append(jnp.concatenate([found, 0.5 * found]))
+      ids = whole(sentence, padding="max_length", max_length=77)["input_ids"]
+      expected.append(tower.apply(variables, jnp.array([ids])).projected[0])
+    found = asked.read(tower, params, words)
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one[0], other, rtol=0, atol=1e-12)
+    assert not np.allclose(one[1], other, rtol=1e-3)
+
+
+def test_prompts_read_together_are_those_read_alone(whole):
+  """Features, and gradients of the words and of a tower that trains."""
+  tower, params = _tower(whole)
+  templates = (prompts.style_content(whole, k=2), prompts.content(whole))
+  rng = np.random.default_rng(0)
+  words = [rng.normal(size=(3, n, 16)) for n in (3, 1)]
+  weights = rng.normal(size=(2, 3, 6))
+
+  def alone(params, words):
+    found = []
+    for template, given in zip(templates, words, strict=True):
+      variables = {"params": params}
+      ids = np.array([template.ids])
+      tokens = tower.apply(variables, ids, method="embed")
+      tokens = jnp.tile(tokens, (3, 1, 1))
+      for i, slot in enumerate(template.slots):
+        tokens = tokens.at[:, slot].set(given[:, i])
+      found.append(
+        tower.apply(variables, embeddings=tokens, eot=template.eot).projected
+      )
+    return found
+
+  together = lambda params, words: prompts.Prompts(templates).read(
+    tower, params, words
   )
-  output = tower.apply(variables, embeddings=filled, eot=template.eot)
-  np.testing.assert_allclose(output.projected, expected, rtol=2e-6, atol=1e-7)
-  other = whole("a photo of style of a person person")["input_ids"]
-  other = tower.apply(variables, jnp.array([other]))
-  assert not np.allclose(other.projected, expected, rtol=1e-3)
+
+  def scored(read):
+    score = lambda *a: jnp.sum(jnp.stack(read(*a)) * weights)
+    return jax.value_and_grad(score, argnums=(0, 1))
+
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    ours, theirs = scored(together)(params, words), scored(alone)(params, words)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12),
+    ours,
+    theirs,
+  )
+  with pytest.raises(ValueError, match="1 words for 3"):
+    together(params, words[::-1])
+
+
+def test_a_prompt_that_all_share_is_not_packed():
+  with pytest.raises(ValueError, match="4 shared of 4"):
+    packing.Packing((4,), (4,))

@@ -260,34 +260,38 @@ class _Networks:
     content = None
     if "content_inversion" in used:
       content = self._content_words(params, stats, v_g, train=True)
-    t_content = None
+    words = {}
     # Eq. 9 reads "a photo of a [C*] person", as Table V's content prompt does.
     contrasts_content = options.sup_con_weight and options.prompt == "content"
     if options.tri_txt_weight or contrasts_content:
-      t_content = self._read(params, self._content, content)
+      words[self._content] = content
+    if "style" in used:
+      styles = self._modules["style"].apply(
+        {"params": params["style"]}, image.patches[block], v_g
+      )
+      styles = self._modules["style_inversion"].apply(
+        {"params": params["style_inversion"]},
+        styles,
+        train=True,
+        rngs={"dropout": rngs.stream(rng, "dropout")},
+      )
+      words[self._style_content] = jnp.concatenate(
+        [styles, content.astype(styles.dtype)], axis=1
+      )
+    texts = self._read(params, words)
     if options.sup_con_weight:
       if options.prompt == "generic":
         text = self._read_generic(params, len(labels))
       elif options.prompt == "content":
-        text = t_content
+        text = texts[self._content]
       else:
-        styles = self._modules["style"].apply(
-          {"params": params["style"]}, image.patches[block], v_g
-        )
-        styles = self._modules["style_inversion"].apply(
-          {"params": params["style_inversion"]},
-          styles,
-          train=True,
-          rngs={"dropout": rngs.stream(rng, "dropout")},
-        )
-        words = jnp.concatenate([styles, content.astype(styles.dtype)], axis=1)
-        text = self._read(params, self._style_content, words)
+        text = texts[self._style_content]
       value, found = self._contrast(v_g, text, labels)
       terms.append(options.sup_con_weight * value)
       metrics |= found
     if options.tri_txt_weight:
       value = losses.triplet(
-        t_content,
+        texts[self._content],
         labels,
         margin=options.text_margin,
         squared=options.text_squared,
@@ -318,7 +322,7 @@ class _Networks:
       terms.append(options.psd_reid_weight * value)
     if options.psd_sup_con_weight:
       words = self._content_words(params, stats, v_g, train=False)
-      text = self._read(params, self._content, words)
+      text = self._read(params, {self._content: words})[self._content]
       value, found = self._contrast(v_c, jax.lax.stop_gradient(text), labels)
       terms.append(options.psd_sup_con_weight * value)
       metrics |= found
@@ -384,16 +388,14 @@ class _Networks:
     stats[name] = updates["batch_stats"]
     return words[:, None]
 
-  def _read(self, params, template, words):
-    """Returns the text features [B, E] of a prompt with pseudo-words."""
-    variables = {"params": params["clip"]}
-    ids = np.asarray(template.ids, np.int32)[None]
-    tokens = self._text.apply(variables, ids, method="embed")[0]
-    return self._text.apply(
-      variables,
-      embeddings=prompts.fill(template, tokens, words),
-      eot=template.eot,
-    ).projected
+  def _read(self, params, words):
+    """Returns {template: text features [B, E]} for {template: [B, S, D]}."""
+    if not words:
+      return {}
+    found = prompts.Prompts(tuple(words)).read(
+      self._text, params["clip"], list(words.values())
+    )
+    return dict(zip(words, found, strict=True))
 
   def _read_generic(self, params, batch_size):
     """Returns one text feature, [B, E] times the same."""

@@ -4,13 +4,17 @@ A prompt is encoded at its own length: the text tower is causal and reads the
 end token, so the padding to 77 that follows it changes nothing.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dppp_jax import errors, types
-from dppp_jax.models import clip
+from dppp_jax.models import clip, packing
 
 PLACEHOLDER = "X"
 
@@ -88,22 +92,62 @@ def generic(tokenizer: Any, *, full_stop: bool = False) -> Template:
   return make(_stop("a photo of a person", full_stop), tokenizer)
 
 
-def fill(
-  template: Template, token_embeddings: types.Array, words: types.Array
-) -> jax.Array:
-  """Puts pseudo-words in their places.
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """The prompts that are read of each picture, in one pass.
 
-  Args:
-    template: with S slots among N tokens.
-    token_embeddings: [N, D], the embeddings of `template.ids`.
-    words: [B, S, D] in reading order.
-
-  Returns:
-    [B, N, D], in the dtype of the embeddings.
+  Attributes:
+    templates: T of them; each has a slot at least.
   """
-  if words.shape[1] != len(template.slots):
-    raise ValueError(f"{words.shape[1]} words for {len(template.slots)} places")
-  return clip.put_words(token_embeddings[None], words, positions=template.slots)
+
+  templates: tuple[Template, ...]
+
+  @functools.cached_property
+  def packing(self) -> packing.Packing:
+    """Says where the tokens lie: all before a first slot is shared."""
+    return packing.Packing(
+      tuple(len(template.ids) for template in self.templates),
+      tuple(template.slots[0] for template in self.templates),
+    )
+
+  def read(
+    self,
+    tower: clip.TextTower,
+    params: types.Params,
+    words: Sequence[types.Array],
+  ) -> list[jax.Array]:
+    """Encodes all prompts with pseudo-words in their places.
+
+    Args:
+      tower: the text tower.
+      params: of the CLIP.
+      words: for each template [B, S, D], in reading order.
+
+    Returns:
+      For each template its text features [B, E].
+    """
+    shared, own, slots = [], [], []
+    for template, given in zip(self.templates, words, strict=True):
+      if given.shape[1] != len(template.slots):
+        raise ValueError(
+          f"{given.shape[1]} words for {len(template.slots)} places"
+        )
+      begin = template.slots[0]
+      slots += [len(own) + slot - begin for slot in template.slots]
+      shared += template.ids[:begin]
+      own += template.ids[begin:]
+    variables = {"params": params}
+    ids = np.asarray([shared + own], np.int32)
+    tokens = tower.apply(variables, ids, method="embed")
+    filled = packing.put_words(
+      tokens[:, len(shared) :],
+      jnp.concatenate(list(words), axis=1),
+      positions=slots,
+    )
+    features = tower.apply(
+      variables, self.packing, tokens[0, : len(shared)], filled, method="read"
+    )
+    return [features[:, i] for i in range(len(self.templates))]
 
 
 def _stop(sentence: str, full_stop: bool) -> str:

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dppp_jax import errors, types
-from dppp_jax.models import clip_config, layers
+from dppp_jax.models import clip_config, layers, transformer
+from dppp_jax.models import packing as packing_lib
 
 Config = clip_config.Config
 VisionConfig = clip_config.VisionConfig
@@ -124,7 +126,7 @@ class _VisionModel(nn.Module):
     )
     x = norm("pre_layrnorm")(x)  # The spelling of all checkpoints.
     depth = config.num_hidden_layers
-    x, states = layers.Encoder(
+    x, states = transformer.Encoder(
       config, False, self.remat, self.dtype, name="encoder"
     )(
       x,
@@ -206,8 +208,12 @@ class _TextEmbeddings(nn.Module):
   def tokens(self, ids: types.Array) -> jax.Array:
     return self.token_embedding(ids).astype(layers.stream_dtype(self.dtype))
 
-  def __call__(self, tokens: types.Array) -> jax.Array:
-    length, longest = tokens.shape[1], self.config.max_position_embeddings
+  def __call__(
+    self, tokens: types.Array, places: np.ndarray | None = None
+  ) -> jax.Array:
+    """Adds positions to tokens [B, N, D]: 0 to N - 1, or those of places."""
+    length = tokens.shape[1] if places is None else places.max() + 1
+    longest = self.config.max_position_embeddings
     if length > longest:
       raise errors.UserError(
         f"a prompt of {length} tokens is longer than the {longest} that this"
@@ -215,6 +221,7 @@ class _TextEmbeddings(nn.Module):
       )
     wide = layers.stream_dtype(self.dtype)
     positions = self.position_embedding.embedding[:length].astype(wide)
+    positions = positions if places is None else positions[places]
     return tokens.astype(wide) + positions[None]
 
 
@@ -225,7 +232,9 @@ class _TextModel(nn.Module):
 
   def setup(self):
     self.embeddings = _TextEmbeddings(self.config, self.dtype)
-    self.encoder = layers.Encoder(self.config, True, self.remat, self.dtype)
+    self.encoder = transformer.Encoder(
+      self.config, True, self.remat, self.dtype
+    )
     self.final_layer_norm = layers.LayerNorm(epsilon=self.config.layer_norm_eps)
 
   def __call__(
@@ -238,6 +247,21 @@ class _TextModel(nn.Module):
     )
     x = layers.take_rows(x, eot) if whole else x
     return self.final_layer_norm(x[:, 0]), states
+
+  def read(
+    self,
+    packing: packing_lib.Packing,
+    shared: types.Array,
+    own: types.Array,
+  ) -> jax.Array:
+    shared = self.embeddings(shared[None], packing.shared_positions)[0]
+    own = self.embeddings(own, packing.own_positions)
+    x, _ = self.encoder(
+      packing.stack(shared, own),
+      rows=packing.last_rows(len(own)),
+      packing=packing,
+    )
+    return self.final_layer_norm(x)
 
 
 class TextTower(nn.Module):
@@ -308,6 +332,29 @@ class TextTower(nn.Module):
       projected = self.text_projection(pooled).astype(pooled.dtype)
     return TextOutput(projected, pooled, tuple(norm(found[t]) for t in taps))
 
+  def read(
+    self,
+    packing: packing_lib.Packing,
+    shared: types.Array,
+    own: types.Array,
+  ) -> jax.Array:
+    """Encodes several prompts of each example in one pass.
+
+    What `__call__` gives for each prompt alone, without computing for each
+    example anew what all of them share.
+
+    Args:
+      packing: of T prompts with S shared and M own tokens.
+      shared: [S, D], embeddings of the shared tokens, of `embed`.
+      own: [B, M, D], embeddings of the others, with pseudo-words in place.
+
+    Returns:
+      [B, T, E], each prompt's end-of-text token through the projection.
+    """
+    x = self.text_model.read(packing, shared, own)
+    projected = self.text_projection(x).astype(x.dtype)
+    return projected.reshape(len(own), len(packing.lengths), -1)
+
 
 class CLIPOutput(NamedTuple):
   """Features of length 1 and the factor of their products.
@@ -362,28 +409,6 @@ def eot_positions(ids: types.Array, eos_token_id: int) -> jax.Array:
   if eos_token_id == _LEGACY_EOS:
     return jnp.argmax(ids, axis=-1)
   return jnp.argmax(ids == eos_token_id, axis=-1)
-
-
-def put_words(
-  embeddings: types.Array, words: types.Array, *, positions: Sequence[int]
-) -> jax.Array:
-  """Puts pseudo-words in the place of chosen tokens of one template.
-
-  Args:
-    embeddings: [B, N, D] or [1, N, D], of `TextTower.embed`.
-    words: [B, k, D]; gradients flow into them.
-    positions: k different positions of the prompt, one for each word.
-
-  Returns:
-    [B, N, D].
-  """
-  batch = (words.shape[0], *embeddings.shape[1:])
-  index = jnp.asarray(tuple(positions))
-  return (
-    jnp.broadcast_to(embeddings, batch)
-    .at[:, index]
-    .set(words.astype(embeddings.dtype), unique_indices=True)
-  )
 
 
 def init_params(

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import backbone, controlnet, layers, unet_config
+from dppp_jax.models import (
+  attention,
+  backbone,
+  controlnet,
+  layers,
+  unet_config,
+)
 
 Config = unet_config.UnionConfig
 Residuals = backbone.Residuals
@@ -49,7 +55,7 @@ class FusionAttention(nn.Module):
     )
     query, key, value = dense("q_proj"), dense("k_proj"), dense("v_proj")
     if self.mix_batch or self.is_initializing():
-      y = layers.attention(split(query(x)), split(key(x)), split(value(x)))
+      y = attention.dot_product(split(query(x)), split(key(x)), split(value(x)))
       y = y.reshape(*y.shape[:2], width).swapaxes(0, 1)
     else:
       y = value(x)

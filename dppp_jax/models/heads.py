@@ -10,39 +10,41 @@ from dppp_jax import types
 from dppp_jax.models import layers
 
 
-class Linear(nn.Module):
-  """A linear layer that begins as torch.nn.Linear does.
+def linear(
+  given: int,
+  features: int,
+  *,
+  use_bias: bool = True,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  name: str | None = None,
+) -> layers.Linear:
+  """Returns a linear layer that begins as torch.nn.Linear does.
 
-  Kernel and bias are U(-1/sqrt(fan_in), 1/sqrt(fan_in)): a third of the
-  variance of flax's default. Three of them bring a CLIP feature to the scale
-  of token embeddings, where pseudo-words have to live.
+  Kernel and bias are U(-1/sqrt(D), 1/sqrt(D)): a third of the variance of
+  flax's default. Three of them bring a CLIP feature to the scale of token
+  embeddings, where pseudo-words have to live.
 
-  Attributes:
+  Args:
+    given: input width D.
     features: output width.
     use_bias: whether there is a bias.
     dtype: of the matrix product.
+    name: of the parameters.
   """
+  bound = 1 / math.sqrt(given)
 
-  features: int
-  use_bias: bool = True
-  dtype: jax.typing.DTypeLike = jnp.float32
+  def uniform(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-  @nn.compact
-  def __call__(self, x: types.Array) -> jax.Array:
-    """Returns [*b, features] for x [*b, D]."""
-    bound = 1 / math.sqrt(x.shape[-1])
-
-    def uniform(key, shape, dtype=jnp.float32):
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", uniform, shape)
-    bias = None
-    if self.use_bias:
-      bias = self.param("bias", uniform, (self.features,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    y = layers.product(x, kernel)
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+  return layers.Linear(
+    given,
+    features,
+    use_bias=use_bias,
+    kernel_init=uniform,
+    bias_init=uniform,
+    dtype=dtype,
+    name=name,
+  )
 
 
 class BatchNorm(nn.Module):
@@ -136,7 +138,7 @@ class Projector(nn.Module):
   @nn.compact
   def __call__(self, x: types.Array) -> jax.Array:
     """Returns v_c [*b, features] for v_g [*b, D]."""
-    y = Linear(self.hidden, dtype=self.dtype, name="fc1")(x)
+    y = linear(x.shape[-1], self.hidden, dtype=self.dtype, name="fc1")(x)
     y = layers.activation(self.act)(y)
-    y = Linear(self.features, dtype=self.dtype, name="fc2")(y)
+    y = linear(self.hidden, self.features, dtype=self.dtype, name="fc2")(y)
     return x.astype(y.dtype) + y if self.residual else y

@@ -6,6 +6,7 @@ few that agree most with the global feature are kept (Eq. 3, 4) and inverted
 one by one (Eq. 5).
 """
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import heads, layers
+from dppp_jax.models import attention, heads, layers
 
 Order = Literal["score", "slot"]
 
@@ -36,10 +37,11 @@ class ContentInversion(nn.Module):
   @nn.compact
   def __call__(self, x: types.Array, *, train: bool = False) -> jax.Array:
     """Returns c* [B, features] for v_g [B, E]."""
+    linear = functools.partial(_linear, dtype=self.dtype)
     for i in (1, 2):
-      x = heads.Linear(self.hidden, dtype=self.dtype, name=f"fc{i}")(x)
+      x = linear(x, self.hidden, name=f"fc{i}")
       x = jax.nn.relu(x)
-    x = heads.Linear(self.features, dtype=self.dtype, name="fc3")(x)
+    x = linear(x, self.features, name="fc3")
     if self.batch_norm:
       x = heads.BatchNorm(name="norm")(x, train=train)
     return x
@@ -63,11 +65,12 @@ class StyleInversion(nn.Module):
   @nn.compact
   def __call__(self, x: types.Array, *, train: bool = False) -> jax.Array:
     """Returns s* [B, k, features] for V_L [B, k, E]."""
+    linear = functools.partial(_linear, dtype=self.dtype)
     for i in (1, 2):
-      x = heads.Linear(self.hidden, dtype=self.dtype, name=f"fc{i}")(x)
+      x = linear(x, self.hidden, name=f"fc{i}")
       x = layers.activation("gelu")(x)
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return heads.Linear(self.features, dtype=self.dtype, name="fc3")(x)
+    return linear(x, self.features, name="fc3")
 
 
 class StyleExtractor(nn.Module):
@@ -130,7 +133,7 @@ class StyleExtractor(nn.Module):
         name=f"layers_{i}",
       )(x, rows=self.num_tokens if is_last else None)
     x = x[:, : self.num_tokens]
-    x = heads.Linear(self.features, dtype=self.dtype, name="fc")(x)
+    x = heads.linear(width, self.features, dtype=self.dtype, name="fc")(x)
     x = jax.nn.sigmoid(x) if self.sigmoid else x
     return select(x, global_feature, k=self.num_selected, order=self.order)
 
@@ -185,16 +188,27 @@ class _Layer(nn.Module):
   @nn.compact
   def __call__(self, x: types.Array, rows: int | None) -> jax.Array:
     """Returns [B, N, D], or the first `rows` of them, for x [B, N, D]."""
-    linear = lambda name, bias=True: heads.Linear(
-      x.shape[-1], use_bias=bias, dtype=self.dtype, name=name
+    width = x.shape[-1]
+    linear = functools.partial(heads.linear, dtype=self.dtype)
+    project = lambda name: linear(
+      width, width, use_bias=self.qkv_bias, name=f"{name}_proj"
     )
-    split = lambda y: y.reshape(*y.shape[:-1], self.num_heads, -1)
     y = layers.LayerNorm(name="layer_norm1")(x)
-    query = split(linear("q_proj", self.qkv_bias)(y[:, :rows]))
-    key = split(linear("k_proj", self.qkv_bias)(y))
-    value = split(linear("v_proj", self.qkv_bias)(y))
-    y = layers.attention(query, key, value)
-    x = x[:, :rows] + linear("out_proj")(y.reshape(*y.shape[:2], -1))
+    query = project("q")(y[:, :rows])
+    y = attention.of_linear(
+      query.reshape(*query.shape[:2], self.num_heads, -1),
+      y,
+      project("k"),
+      project("v"),
+    )
+    y = linear(width, width, name="out_proj")(y.reshape(*y.shape[:2], width))
+    x = x[:, :rows] + y
     y = layers.LayerNorm(name="layer_norm2")(x)
-    y = jax.nn.relu(heads.Linear(self.hidden, dtype=self.dtype, name="fc1")(y))
-    return x + linear("fc2")(y)
+    y = jax.nn.relu(linear(width, self.hidden, name="fc1")(y))
+    return x + linear(self.hidden, width, name="fc2")(y)
+
+
+def _linear(
+  x: types.Array, features: int, *, dtype: jax.typing.DTypeLike, name: str
+) -> jax.Array:
+  return heads.linear(x.shape[-1], features, dtype=dtype, name=name)(x)

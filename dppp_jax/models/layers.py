@@ -1,13 +1,12 @@
-"""What every transformer here is built of: activations, norms, attention.
+"""What every transformer here is built of: activations, norms, products.
 
 Parameters keep torch's names (`q_proj`, `fc1` ...) so that the tables that
 convert checkpoints stay short, and torch's epsilons and torch's exact GELU so
 that the numbers agree.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,61 +45,6 @@ def stream_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
   raw (Re-ID reads it) would otherwise carry three digits.
   """
   return jnp.promote_types(dtype, jnp.float32)
-
-
-def attention(
-  query: types.Array,
-  key: types.Array,
-  value: types.Array,
-  *,
-  causal: bool = False,
-  mask: types.Array | None = None,
-) -> jax.Array:
-  """Scaled dot-product attention, softmax in float32 or wider.
-
-  Args:
-    query: [B, N, heads, d].
-    key: [B, M, heads, d].
-    value: [B, M, heads, d].
-    causal: row i sees columns 0..i only.
-    mask: bool [B, N, M], True where a row may look; not with `causal`.
-
-  Returns:
-    [B, N, heads, d] in the dtype of `value`.
-  """
-  if _has_flash_kernel(query, mask):
-    return jax.nn.dot_product_attention(
-      query, key, value, is_causal=causal, implementation="cudnn"
-    )
-  wide = stream_dtype(value.dtype)
-  # Heads before rows: XLA's CPU backend multiplies such stacks of matrices
-  # without a detour.
-  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-  logits = jnp.matmul(
-    query * query.shape[-1] ** -0.5,
-    jnp.swapaxes(key, -1, -2),
-    preferred_element_type=wide,
-  )
-  if causal:
-    n, m = logits.shape[-2:]
-    mask = jnp.tril(jnp.ones((n, m), bool))[None]
-  if mask is not None:
-    logits = jnp.where(mask[:, None], logits, jnp.finfo(wide).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.swapaxes(weights @ value, 1, 2)
-
-
-def _has_flash_kernel(query: types.Array, mask: types.Array | None) -> bool:
-  """Decides at trace time whether cuDNN has a kernel for these operands."""
-  _, n, _, d = query.shape
-  return (
-    jax.default_backend() == "gpu"
-    and query.dtype in (jnp.bfloat16, jnp.float16)
-    and mask is None
-    and n > 1  # One row is a matrix-vector product: nothing to gain.
-    and d % 8 == 0
-    and d <= 128
-  )
 
 
 def bilinear_grid(table: types.Array, grid: tuple[int, int]) -> types.Array:
@@ -163,10 +107,39 @@ def _product_backward(saved, dy):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _dense_product(x, kernel, dimension_numbers, precision=None):
-  """`product` as nn.Dense calls it."""
-  del dimension_numbers, precision
-  return product(x, kernel)
+class Linear(nn.Module):
+  """A linear layer, whose kernel and bias may also be read.
+
+  Attributes:
+    given: input width D.
+    features: output width F.
+    use_bias: whether there is a bias.
+    kernel_init: of the kernel [D, F].
+    bias_init: of the bias [F].
+    dtype: of the matrix product.
+  """
+
+  given: int
+  features: int
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  def setup(self):  # noqa: D102
+    shape = (self.given, self.features)
+    self.kernel = self.param("kernel", self.kernel_init, shape)
+    self.bias = None
+    if self.use_bias:
+      self.bias = self.param("bias", self.bias_init, shape[1:])
+
+  def __call__(self, x: types.Array) -> jax.Array:
+    """Returns [*b, F] for x [*b, D]."""
+    x, kernel, bias = nn.dtypes.promote_dtype(
+      x, self.kernel, self.bias, dtype=self.dtype
+    )
+    y = product(x, kernel)
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
 class LayerNorm(nn.Module):
@@ -227,170 +200,6 @@ def _row(vector: types.Array, like: types.Array) -> jax.Array:
   return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-class Attention(nn.Module):
-  """Multi-head self-attention with biases; optionally for chosen rows only.
-
-  Attributes:
-    heads: number of heads; divides the width.
-    depth: number of blocks of the tower, for the initialisation.
-    causal: row i sees rows 0..i only.
-    dtype: of the matrix products.
-  """
-
-  heads: int
-  depth: int
-  causal: bool = False
-  dtype: jax.typing.DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: types.Array, rows: types.Array | int | None = None
-  ) -> jax.Array:
-    """Returns [B, N, D], or [B, 1, D] for the given rows of x [B, N, D]."""
-    width = x.shape[-1]
-    dense = lambda name, std: nn.Dense(
-      width,
-      dtype=self.dtype,
-      kernel_init=nn.initializers.normal(std),
-      dot_general=_dense_product,
-      name=name,
-    )
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    std = width**-0.5
-    std_in = std * (2 * self.depth) ** -0.5
-    asking = x if rows is None else take_rows(x, rows)
-    query = split(dense("q_proj", std_in)(asking))
-    key = split(dense("k_proj", std_in)(x))
-    value = split(dense("v_proj", std_in)(x))
-    if rows is None or not self.causal:
-      y = attention(query, key, value, causal=self.causal)
-    else:
-      last = jnp.broadcast_to(jnp.asarray(rows), x.shape[:1])
-      visible = jnp.arange(x.shape[1])[None] <= last[:, None]
-      y = attention(query, key, value, mask=visible[:, None])
-    return dense("out_proj", std)(y.reshape(*y.shape[:-2], width))
-
-
-class Mlp(nn.Module):
-  """Two linear layers with an activation between (`fc1`, `fc2`)."""
-
-  hidden: int
-  depth: int
-  act: str
-  dtype: jax.typing.DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: types.Array) -> jax.Array:
-    """Returns [..., D] for x [..., D]."""
-    width = x.shape[-1]
-    normal = nn.initializers.normal
-    x = nn.Dense(
-      self.hidden,
-      dtype=self.dtype,
-      kernel_init=normal((2 * width) ** -0.5),
-      dot_general=_dense_product,
-      name="fc1",
-    )(x)
-    x = activation(self.act)(x)
-    return nn.Dense(
-      width,
-      dtype=self.dtype,
-      kernel_init=normal((2 * width * self.depth) ** -0.5),
-      dot_general=_dense_product,
-      name="fc2",
-    )(x)
-
-
-class Block(nn.Module):
-  """One pre-norm transformer block, under CLIP's parameter names."""
-
-  heads: int
-  hidden: int
-  depth: int
-  act: str
-  epsilon: float
-  causal: bool = False
-  dtype: jax.typing.DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: types.Array, rows: types.Array | int | None = None
-  ) -> jax.Array:
-    """Runs the block, for all rows or exactly for the one that is needed.
-
-    Args:
-      x: [B, N, D] in `stream_dtype`.
-      rows: int [B] or one int: the row of each sequence whose output is
-        wanted. The others are still looked at, as keys and values.
-
-    Returns:
-      [B, N, D], or [B, 1, D] where rows are given.
-    """
-    y = LayerNorm(epsilon=self.epsilon, name="layer_norm1")(x)
-    y = Attention(
-      self.heads, self.depth, self.causal, self.dtype, name="self_attn"
-    )(y, rows)
-    x = (x if rows is None else take_rows(x, rows)) + y
-    y = LayerNorm(epsilon=self.epsilon, name="layer_norm2")(x)
-    return x + Mlp(self.hidden, self.depth, self.act, self.dtype, name="mlp")(y)
-
-
-class Encoder(nn.Module):
-  """A stack of blocks (`layers_0` ...) that returns what was asked for.
-
-  Attributes:
-    config: has the fields of Hugging Face's transformer configurations:
-      num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
-      layer_norm_eps.
-    causal: row i sees rows 0..i only.
-    remat: recompute the blocks in the backward pass instead of storing them.
-    dtype: of the matrix products.
-  """
-
-  config: Any
-  causal: bool = False
-  remat: bool = False
-  dtype: jax.typing.DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self,
-    x: types.Array,
-    *,
-    taps: Sequence[int] = (),
-    rows: types.Array | int | None = None,
-  ) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Runs all blocks.
-
-    Args:
-      x: [B, N, D].
-      taps: which states to return whole: 0 is x, i the output of block i.
-      rows: as in `Block`, for the last block; not where `taps` asks for it.
-
-    Returns:
-      The output of the last block, [B, N, D] or [B, 1, D], and {tap: state}.
-    """
-    config = self.config
-    depth = config.num_hidden_layers
-    states = {0: x}
-    for i in range(depth):
-      is_last = i + 1 == depth
-      # The last block comes first in the backward pass: storing it is free.
-      block = nn.remat(Block) if self.remat and not is_last else Block
-      x = block(
-        config.num_attention_heads,
-        config.intermediate_size,
-        depth,
-        config.hidden_act,
-        config.layer_norm_eps,
-        self.causal,
-        self.dtype,
-        name=f"layers_{i}",
-      )(x, rows if is_last else None)
-      states[i + 1] = x
-    return x, {tap: states[tap] for tap in taps}
-
-
 class PatchEmbedding(nn.Module):
   """Linear map of square patches: torch's Conv2d without bias or padding."""
 
@@ -429,12 +238,15 @@ class PatchEmbedding(nn.Module):
 
 
 def take_rows(x: types.Array, rows: types.Array | int) -> jax.Array:
-  """Returns [B, 1, D]: one row of each sequence of x [B, N, D].
+  """Returns [B, 1, D], one row of each sequence, or [n, D] of one stack.
 
   Args:
-    x: [B, N, D].
-    rows: int [B], or one int for the whole batch (a slice, not a gather).
+    x: [B, N, D]; or [R, D].
+    rows: int [B], or one int for the whole batch (a slice, not a gather); or
+      int [n].
   """
+  if x.ndim == 2:
+    return x[rows]
   if isinstance(rows, int):
     return x[:, rows : rows + 1]
   return jnp.take_along_axis(x, rows[:, None, None], axis=1)

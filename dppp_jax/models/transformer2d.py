@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import convolution, layers, resnet2d
+from dppp_jax.models import attention, convolution, layers, resnet2d
 
 # Logits that are more than a core's cache holds.
 _LARGE = 2**21
@@ -233,7 +233,7 @@ class Transformer2D(nn.Module):
 def row_by_row(
   query: types.Array, key: types.Array, value: types.Array
 ) -> jax.Array:
-  """`layers.attention`, on a CPU one picture after the other if they are large.
+  """`dot_product`, on a CPU one picture after the other if they are large.
 
   The logits of one picture stay in the cache, those of a batch do not: at 16
   pictures of 432 pixels that takes half the time, and a sixteenth of the
@@ -250,15 +250,15 @@ def row_by_row(
   batch, n, heads, _ = query.shape
   logits = batch * heads * n * key.shape[1]
   if jax.default_backend() != "cpu" or batch == 1 or logits < _LARGE:
-    return layers.attention(query, key, value)
-  one = lambda row: layers.attention(*(x[None] for x in row))[0]
+    return attention.dot_product(query, key, value)
+  one = lambda row: attention.dot_product(*(x[None] for x in row))[0]
   return jax.lax.map(one, (query, key, value))
 
 
 def chunked_attention(
   query: types.Array, key: types.Array, value: types.Array, *, chunk: int
 ) -> jax.Array:
-  """`layers.attention` on at most `chunk` rows at once, to bound the logits.
+  """`dot_product` on at most `chunk` rows at once, to bound the logits.
 
   The attention of the VAE has one head of 512, which no fused kernel takes,
   over every pixel of the latents: at 896x1536 its float32 logits are 1.7 GiB
@@ -275,11 +275,11 @@ def chunked_attention(
   """
   batch, n, heads, d = query.shape
   if n <= chunk:
-    return layers.attention(query, key, value)
+    return attention.dot_product(query, key, value)
   chunks = -(-n // chunk)
   padding = ((0, 0), (0, chunks * chunk - n), (0, 0), (0, 0))
   query = jnp.pad(query, padding).reshape(batch, chunks, chunk, heads, d)
   y = jax.lax.map(
-    lambda rows: layers.attention(rows, key, value), query.swapaxes(0, 1)
+    lambda rows: attention.dot_product(rows, key, value), query.swapaxes(0, 1)
   )
   return y.swapaxes(0, 1).reshape(batch, chunks * chunk, heads, d)[:, :n]

@@ -1,0 +1,123 @@
+"""Scaled dot-product attention, and the ways to compute it with less work."""
+
+import jax
+import jax.numpy as jnp
+
+from dppp_jax import types
+from dppp_jax.models import layers
+
+
+def dot_product(
+  query: types.Array,
+  key: types.Array,
+  value: types.Array,
+  *,
+  causal: bool = False,
+  mask: types.Array | None = None,
+) -> jax.Array:
+  """Scaled dot-product attention, softmax in float32 or wider.
+
+  Args:
+    query: [B, N, heads, d].
+    key: [B, M, heads, d].
+    value: [B, M, heads, d].
+    causal: row i sees columns 0..i only.
+    mask: bool [B or 1, N, M], True where a row may look; not with `causal`.
+
+  Returns:
+    [B, N, heads, d] in the dtype of `value`.
+  """
+  if _has_flash_kernel(query, mask):
+    return jax.nn.dot_product_attention(
+      query, key, value, is_causal=causal, implementation="cudnn"
+    )
+  # Heads before rows: XLA's CPU backend multiplies such stacks of matrices
+  # without a detour.
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  logits = jnp.matmul(
+    query * query.shape[-1] ** -0.5,
+    jnp.swapaxes(key, -1, -2),
+    preferred_element_type=layers.stream_dtype(value.dtype),
+  )
+  if causal:
+    n, m = logits.shape[-2:]
+    mask = jnp.tril(jnp.ones((n, m), bool))[None]
+  weights = _softmax(logits, mask).astype(value.dtype)
+  return jnp.swapaxes(weights @ value, 1, 2)
+
+
+def of_linear(
+  query: types.Array,
+  x: types.Array,
+  key: layers.Linear,
+  value: layers.Linear,
+  *,
+  causal: bool = False,
+  mask: types.Array | None = None,
+) -> jax.Array:
+  """`dot_product` with the keys key(x) and the values value(x).
+
+  Where few rows ask, neither is computed: for keys X K and values X V,
+
+      q (X K)^T = (q K^T) X^T    and    w (X V) = (w X) V,
+
+  whose products with K and V have the rows of the queries and not those of X.
+  The bias of the keys adds the same to all logits of a row, which a softmax
+  does not see; that of the values passes through, since weights sum to one.
+
+  Args:
+    query: [B, R, heads, d].
+    x: [B, N, D].
+    key: gives heads * d features.
+    value: likewise.
+    causal: as in `dot_product`.
+    mask: as in `dot_product`.
+
+  Returns:
+    [B, R, heads, d] in the dtype of `value`.
+  """
+  _, rows, heads, d = query.shape
+  n, width = x.shape[1:]
+  # Multiplications a head's channel and example, without what both ways share.
+  asked_first = rows * (width + n * width / d)
+  if causal or asked_first >= n * (width + rows):
+    split = lambda y: y.reshape(*y.shape[:-1], heads, d)
+    return dot_product(
+      query, split(key(x)), split(value(x)), causal=causal, mask=mask
+    )
+  x = x.astype(value.dtype)
+  of_heads = lambda linear: linear.kernel.astype(x.dtype).reshape(-1, heads, d)
+  asked = jnp.einsum("brhd,Dhd->bhrD", query * d**-0.5, of_heads(key))
+  logits = jnp.einsum(
+    "bhrD,bnD->bhrn",
+    asked,
+    x,
+    preferred_element_type=layers.stream_dtype(x.dtype),
+  )
+  weights = _softmax(logits, mask).astype(x.dtype)
+  seen = jnp.einsum("bhrn,bnD->bhrD", weights, x)
+  y = jnp.einsum("bhrD,Dhd->brhd", seen, of_heads(value))
+  if value.bias is not None:
+    y += value.bias.astype(y.dtype).reshape(1, 1, heads, d)
+  return y
+
+
+def _softmax(logits: jax.Array, mask: types.Array | None) -> jax.Array:
+  """Returns weights [B, heads, N, M], zero where `mask` [B, N, M] is False."""
+  if mask is not None:
+    lowest = jnp.finfo(logits.dtype).min
+    logits = jnp.where(mask[:, None], logits, lowest)
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def _has_flash_kernel(query: types.Array, mask: types.Array | None) -> bool:
+  """Decides at trace time whether cuDNN has a kernel for these operands."""
+  _, n, _, d = query.shape
+  return (
+    jax.default_backend() == "gpu"
+    and query.dtype in (jnp.bfloat16, jnp.float16)
+    and mask is None
+    and n > 1  # One row is a matrix-vector product: nothing to gain.
+    and d % 8 == 0
+    and d <= 128
+  )
