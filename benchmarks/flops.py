@@ -1,11 +1,15 @@
 """Floating-point operations that one PTL step needs, counted from its sizes.
 
 Matrix products only, a multiplication and an addition each. Counted is what
-the mathematics asks for: prompts at their own length, and of the last block
-only the rows that are read. Whoever computes more does not earn more for it.
+the mathematics asks for: prompts at their own length and their beginnings once,
+of the last block only the rows that are read, and no keys and values where so
+few rows ask that it takes less without. Whoever computes more does not earn
+more for it.
 """
 
 from typing import Any
+
+from dppp_jax.methods import prompts
 
 # Of dense bfloat16 products in FLOP/s, by what a device calls itself; the
 # first that is found in the name counts. From NVIDIA's data sheets.
@@ -42,44 +46,61 @@ def ptl_step(setting: Any) -> dict[str, float]:
   embedding = 2 * patches * pixels * width
   tokens, kept = options.num_styles, options.num_selected
   hidden = options.style_mlp_ratio * width
-  style = (options.style_layers - 1) * _block(tokens + patches, width, hidden)
-  style += _block(tokens + patches, width, hidden, rows=tokens)
+  heads = options.style_heads
+  length = tokens + patches
+  style = (options.style_layers - 1) * _block(length, width, hidden, heads)
+  style += _block(length, width, hidden, heads, rows=tokens)
   style += 2 * tokens * width * out
   words = kept * _mlp3(out, options.style_hidden, text.hidden_size)
   words += _mlp3(out, options.content_hidden, text.hidden_size)
-  heads = 2 * (width + out) * setting.num_classes
-  reading = sum(
-    _tower(text, len(template.ids)) + 2 * text.hidden_size * out
-    for template in setting.templates
-  )
+  classifiers = 2 * (width + out) * setting.num_classes
   each = {
     "vision": 3 * tower + 2 * embedding,
     "inversion": 3 * (style + words),
-    "heads": 3 * heads,
-    "text": 2 * reading,
+    "heads": 3 * classifiers,
   }
-  return {name: float(setting.batch_size * x) for name, x in each.items()}
+  found = {name: float(setting.batch_size * x) for name, x in each.items()}
+  return found | {"text": float(2 * _texts(setting))}
 
 
 def _tower(config: Any, length: int) -> int:
   """Forward FLOPs of a tower of which one row is read."""
-  width, hidden = config.hidden_size, config.intermediate_size
-  whole = _block(length, width, hidden)
-  return (config.num_hidden_layers - 1) * whole + _block(
-    length, width, hidden, rows=1
+  sizes = (
+    config.hidden_size,
+    config.intermediate_size,
+    config.num_attention_heads,
   )
+  whole = _block(length, *sizes)
+  return (config.num_hidden_layers - 1) * whole + _block(length, *sizes, rows=1)
+
+
+def _texts(setting: Any) -> int:
+  """Forward FLOPs of all prompts of a batch, packed (`models/packing.py`)."""
+  config, batch = setting.config.text, setting.batch_size
+  width, hidden = config.hidden_size, config.intermediate_size
+  packing = prompts.Prompts(setting.templates).packing
+  shared, own = len(packing.shared_positions), len(packing.own_positions)
+  rows, ends = shared + batch * own, batch * len(packing.ends)
+  pairs = batch * own * (shared + own) + shared**2
+  whole = 2 * rows * (4 * width**2 + 2 * width * hidden) + 4 * pairs * width
+  last = 2 * (2 * rows + 2 * ends) * width**2 + 4 * ends * width * hidden
+  last += 4 * ends * (shared + own) * width
+  projection = 2 * ends * width * setting.config.projection_dim
+  return (config.num_hidden_layers - 1) * whole + last + projection
 
 
 def _block(
-  length: int, width: int, hidden: int, rows: int | None = None
+  length: int, width: int, hidden: int, heads: int, rows: int | None = None
 ) -> int:
   """Forward FLOPs of a transformer block, of which some rows are wanted."""
   rows = length if rows is None else rows
-  keys_and_values = 2 * 2 * length * width**2
-  query_and_out = 2 * 2 * rows * width**2
-  attention = 2 * 2 * rows * length * width
-  mlp = 2 * 2 * rows * width * hidden
-  return keys_and_values + query_and_out + attention + mlp
+  attention = min(
+    4 * length * width**2 + 4 * rows * length * width,
+    4 * rows * width**2 + 4 * rows * heads * length * width,
+  )
+  query_and_out = 4 * rows * width**2
+  mlp = 4 * rows * width * hidden
+  return attention + query_and_out + mlp
 
 
 def _mlp3(given: int, hidden: int, out: int) -> int:

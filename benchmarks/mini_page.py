@@ -38,7 +38,8 @@ hides them but for a strip of a few pixels, are not asked for.
 - *by CLIP*: zero-shot class of the six cells' mean feature, by the mini CLIP,
   which has seen drawn canvases and studio people, none of them these.
 - *by histogram*: naive Bayes over the colours of pixels inside the matte, where
-  the skeleton says that the clothes are; no network.
+  the skeleton says that the clothes are, with the colour of the light that was
+  asked for divided out; no network.
 - *identity*: probability that two cells of one canvas are nearer to each other
   than cells of two canvases (AUC, the same CLIP's features).
 - *pose*: IoU of the generated cell's matte and the drawn matte of the same

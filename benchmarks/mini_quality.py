@@ -155,11 +155,12 @@ def read(
   """
   cells = readback.cut(images)
   wanted = [record["attributes"] for record in drawn.records]
+  lit = [record["words"]["lighting"] for record in drawn.records]
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   features = readback.features_of(encoder, cells)
   return {
     "zero_shot": readback.attributes(encoder, cells, wanted),
-    "histogram": colours.agreement(cells, mattes, drawn.keypoints, wanted),
+    "histogram": colours.agreement(cells, mattes, drawn.keypoints, wanted, lit),
     "identity_auc": readback.identity_auc(features),
     "pose_iou": readback.pose_iou(
       flat(mattes), flat(readback.cut(drawn.alphas))

@@ -7,7 +7,13 @@ import pytest
 
 from dppp_jax import cli
 from dppp_jax.evals import zeroshot
-from dppp_jax.paperdoll import canvas_corpus, canvases, wardrobe
+from dppp_jax.paperdoll import (
+  canvas_corpus,
+  canvases,
+  lexicon,
+  lighting,
+  wardrobe,
+)
 from dppp_jax.pretraining import readback
 
 _CLIP = cli.ROOT / "dppp_jax/assets/mini/clip"
@@ -23,6 +29,10 @@ def drawn():
 @pytest.fixture(scope="module")
 def colours():
   return readback.Colours(canvas_corpus.draw(400, seed=6, processes=2))
+
+
+def _lights(corpus):
+  return [record["words"]["lighting"] for record in corpus.records]
 
 
 def test_identity_auc_is_the_share_of_pairs_in_order():
@@ -62,44 +72,43 @@ def test_luminance_is_bt601():
 def test_histograms_name_the_colours_of_drawn_clothes(drawn, colours):
   cells, mattes = readback.cut(drawn.images), readback.cut(drawn.alphas)
   wanted = [record["attributes"] for record in drawn.records]
-  found = colours.agreement(cells, mattes, drawn.keypoints, wanted)
-  assert min(found.values()) >= 0.75  # 0.94 where more have been seen.
+  lit = _lights(drawn)
+  found = colours.agreement(cells, mattes, drawn.keypoints, wanted, lit)
+  assert min(found.values()) >= 0.75  # 0.96 where more have been seen.
   # Of others' words it is right by chance only.
   words = [
     {**person, "upper_color": other["upper_color"]}
     for person, other in zip(wanted, wanted[1:] + wanted[:1], strict=True)
   ]
-  wrong = colours.agreement(cells, mattes, drawn.keypoints, words)
+  wrong = colours.agreement(cells, mattes, drawn.keypoints, words, lit)
   assert wrong["upper_color"] < 0.3
 
 
 def test_histograms_see_what_is_inside_the_matte_only(drawn, colours):
   cells, mattes = readback.cut(drawn.images), readback.cut(drawn.alphas)
-  words = drawn.records[0]["attributes"]
-  before = colours.read("upper", cells[0], mattes[0], drawn.keypoints[0], words)
+  rest = (drawn.keypoints[0], drawn.records[0]["attributes"], _lights(drawn)[0])
+  before = colours.read("upper", cells[0], mattes[0], *rest)
   cells = np.where(mattes[..., None] > 127, cells, 0)
-  after = colours.read("upper", cells[0], mattes[0], drawn.keypoints[0], words)
+  after = colours.read("upper", cells[0], mattes[0], *rest)
   assert before == after
 
 
 def test_what_a_coat_hides_is_not_asked_for(drawn, colours):
   cells, mattes = readback.cut(drawn.images[:4]), readback.cut(drawn.alphas[:4])
   wanted = [record["attributes"] for record in drawn.records[:4]]
-  rows = (cells, mattes, drawn.keypoints[:4])
-  read = [
-    colours.read("lower", *row) for row in zip(*rows, wanted, strict=True)
-  ]
+  rows, lit = (cells, mattes, drawn.keypoints[:4]), _lights(drawn)[:4]
+  each = lambda words: zip(*rows, words, lit, strict=True)
+  read = [colours.read("lower", *row) for row in each(wanted)]
   words = [
     {**x, "upper_type": "shirt", "lower_color": y}
     for x, y in zip(wanted, read, strict=True)
   ]
   right = [
-    colours.read("lower", *row) == row[-1]["lower_color"]
-    for row in zip(*rows, words, strict=True)
+    colours.read("lower", *row) == row[3]["lower_color"] for row in each(words)
   ]
   # Of the first nothing is asked: below a coat its shorts cannot be seen.
   words[0] = {**words[0], "upper_type": "coat", "lower_type": "shorts"}
-  found = colours.agreement(*rows, words)
+  found = colours.agreement(*rows, words, lit)
   assert found["lower_color"] == pytest.approx(np.mean(right[1:]))
   for upper, lower, is_seen in (
     ("coat", "shorts", False), ("coat", "skirt", False),
@@ -110,17 +119,20 @@ def test_what_a_coat_hides_is_not_asked_for(drawn, colours):
     assert readback.is_seen("upper_color", clothes)
 
 
-def test_a_bin_gives_a_tenth_to_each_neighbour():
-  table = np.zeros((2, 8, 8, 8))
-  table[0, 4, 4, 4] = 1000  # Has neighbours on all sides,
-  table[1, 0, 4, 7] = 1000  # and on one side of two axes only.
-  found = readback._blurred(table.reshape(2, -1)).reshape(table.shape)
-  np.testing.assert_allclose(found.sum(axis=(1, 2, 3)), 1000)
-  assert found[0, 4, 4, 4] == pytest.approx(1000 * 0.8**3)
-  assert found[0, 3, 4, 4] == pytest.approx(1000 * 0.1 * 0.8**2)
-  assert found[0, 5, 5, 3] == pytest.approx(1000 * 0.1**3)
-  assert found[1, 0, 4, 7] == pytest.approx(1000 * 0.9 * 0.8 * 0.9)
-  assert found[1, 1, 4, 7] == pytest.approx(1000 * 0.1 * 0.8 * 0.9)
+@pytest.mark.parametrize("light", lighting.LIGHTINGS, ids=lambda x: x.words)
+def test_even_light_is_that_of_the_renderer(light):
+  """A white wall under any light of a canvas is white again."""
+  words = lexicon.said(light)
+  white = 200 * canvases.studio_light(words).gain / lighting.EVEN.gain
+  seen = np.rint(np.clip(white, 0, 255)).astype(np.uint8)
+  found = readback.evenly_lit(np.tile(seen, (2, 3, 1)), words)
+  assert found.shape == (2, 3, 3)
+  assert np.abs(found.astype(int) - 200).max() <= 1
+  assert found.dtype == np.uint8
+  bright = readback.evenly_lit(np.full((1, 3), 255, np.uint8), words)[0]
+  np.testing.assert_allclose(
+    bright, np.minimum(255, 255 * 200 / white), atol=0.5
+  )  # And never darker for having been too bright.
 
 
 def test_regions_follow_the_kind_of_clothes():

@@ -33,7 +33,7 @@ _SETTING = ptl.Setting(
       vocab_size=60,
       hidden_size=24,
       intermediate_size=40,
-      num_hidden_layers=1,
+      num_hidden_layers=2,
       num_attention_heads=3,
       max_position_embeddings=20,
       bos_token_id=58,
@@ -48,7 +48,7 @@ _SETTING = ptl.Setting(
   options=dppp.Options(
     num_styles=5,
     num_selected=2,
-    style_layers=1,
+    style_layers=2,
     content_hidden=14,
     style_hidden=18,
   ),

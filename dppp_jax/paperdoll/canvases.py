@@ -100,7 +100,7 @@ def draw(
   who = person(seed, number, split=split)
   attributes = lexicon.attributes(who.words)
   doll = wardrobe.dressed(attributes, rng)
-  light = lexicon.light(who.lighting).softened(0.35)
+  light = studio_light(who.lighting)
   paper = world.backdrop(layout.cell, light, rng)
   turn = float(rng.uniform(-_TURN, _TURN))
   fill = float(rng.uniform(0.84, 0.95))
@@ -187,6 +187,15 @@ def _house(seed, split, attempt, block) -> prompts.People:
   return prompts.People(
     int.from_bytes(digest, "little"), vocabulary=lexicon.vocabulary()
   )
+
+
+def studio_light(words: str) -> lights.Lighting:
+  """Returns the light on a canvas for the words of its prompt.
+
+  It is much nearer to even light than that of a place: it must not hide what
+  colour clothes have.
+  """
+  return lexicon.light(words).softened(0.35)
 
 
 def _figure(doll, azimuth, fill, light, turn, rng, cell) -> figure.Figure:

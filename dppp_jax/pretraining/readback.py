@@ -19,7 +19,7 @@ import numpy as np
 
 from dppp_jax.evals import zeroshot
 from dppp_jax.geneperson import canvas, poses
-from dppp_jax.paperdoll import canvas_corpus, canvases, wardrobe
+from dppp_jax.paperdoll import canvas_corpus, canvases, lighting, wardrobe
 
 # What a prompt says and a CLIP is asked.
 ATTRIBUTES = (
@@ -31,7 +31,6 @@ _SHORT = ("shorts", "skirt")
 _BINS = 8  # Of each colour channel.
 _WITNESSES = 100  # How many pixels a person's clothes count for.
 _PRIOR = 100  # How many pixels the colour in any pattern counts for.
-_SHIFTED = 0.1  # Share of a bin's pixels that may as well fall into the next.
 _RING = 2  # Pixels of a cell's border, half a grid line and one more.
 
 
@@ -102,8 +101,8 @@ class Colours:
   A naive Bayes over the colours of single pixels, learned from drawn canvases:
   p(colour | pixels, pattern) ~ prod p(pixel | colour, pattern). The pattern is
   given, because a grey shirt with white stripes and a white one with grey
-  stripes differ in nothing else. A colour near the edge of a bin is taken to
-  fall into the next one, too: what is generated is a little off.
+  stripes differ in nothing else. So is the light, because white at night is
+  grey by day: its colour is divided out.
 
   Args:
     corpus: of people in known clothes; places are left out.
@@ -120,7 +119,9 @@ class Colours:
     }
     for i in np.flatnonzero(~corpus.is_scene):
       words = corpus.records[i]["attributes"]
+      light = corpus.records[i]["words"]["lighting"]
       cells, mattes = cut(corpus.images[[i]])[0], cut(corpus.alphas[[i]])[0]
+      cells = evenly_lit(cells, light)
       for part in COLOURED:
         row = wardrobe.VALUES[f"{part}_color"].index(words[f"{part}_color"])
         counts[part][words[f"{part}_pattern"]][row] += _histogram(
@@ -131,8 +132,8 @@ class Colours:
       whole = sum(tables.values()) + 0.5
       prior = whole / whole.sum(axis=1, keepdims=True)
       for pattern, table in tables.items():
-        mixed = _blurred(table + _PRIOR * prior)
-        shares = mixed / mixed.sum(axis=1, keepdims=True)
+        table = table + _PRIOR * prior
+        shares = table / table.sum(axis=1, keepdims=True)
         self._logs[part][pattern] = np.log(shares)
 
   def read(
@@ -142,6 +143,7 @@ class Colours:
     mattes: np.ndarray,
     keypoints: np.ndarray,
     words: Mapping[str, str],
+    light: str,
   ) -> str:
     """Returns the colour of a person's clothes.
 
@@ -151,7 +153,9 @@ class Colours:
       mattes: uint8 [cells, h, w].
       keypoints: [cells, 18, 3] of `canvas_corpus.Corpus`.
       words: the person's, of which types and patterns are looked at.
+      light: the prompt's words for it.
     """
+    cells = evenly_lit(cells, light)
     logs = self._logs[part][words[f"{part}_pattern"]]
     counts = _histogram(part, cells, mattes, keypoints, words)
     return wardrobe.VALUES[f"{part}_color"][int(np.argmax(logs @ counts))]
@@ -162,14 +166,23 @@ class Colours:
     mattes: np.ndarray,
     keypoints: np.ndarray,
     wanted: Sequence[Mapping[str, str]],
+    lights: Sequence[str],
   ) -> dict[str, float]:
-    """Returns {"upper_color", "lower_color"}: shares of where they are seen."""
-    rows = list(zip(cells, mattes, keypoints, wanted, strict=True))
+    """Returns {"upper_color", "lower_color"}: shares of where they are seen.
+
+    Args:
+      cells: uint8 [N, cells, h, w, 3].
+      mattes: uint8 [N, cells, h, w].
+      keypoints: [N, cells, 18, 3].
+      wanted: what N persons wear.
+      lights: the words for light of N prompts.
+    """
+    rows = list(zip(cells, mattes, keypoints, wanted, lights, strict=True))
     found = {}
     for part in COLOURED:
       name = f"{part}_color"
-      seen = [row for row in rows if is_seen(name, row[-1])]
-      right = [self.read(part, *row) == row[-1][name] for row in seen]
+      seen = [row for row in rows if is_seen(name, row[3])]
+      right = [self.read(part, *row) == row[3][name] for row in seen]
       found[name] = float(np.mean(right))
     return found
 
@@ -221,6 +234,12 @@ def luminance(images: np.ndarray) -> float:
   return float(np.mean(np.asarray(images, np.float64) @ (0.299, 0.587, 0.114)))
 
 
+def evenly_lit(images: np.ndarray, light: str) -> np.ndarray:
+  """Returns uint8 [..., 3] as under even light instead of a prompt's."""
+  factor = lighting.EVEN.gain / canvases.studio_light(light).gain
+  return np.clip(np.rint(images * factor), 0, 255).astype(np.uint8)
+
+
 def cut(canvases_: np.ndarray) -> np.ndarray:
   """Cuts [N, H, W(, 3)] into [N, cells, h, w(, 3)]."""
   if canvases_.ndim == 3:
@@ -238,16 +257,6 @@ def _histogram(part, cells, mattes, keypoints, words) -> np.ndarray:
     counts += np.bincount(codes, minlength=_BINS**3)
   # Neighbouring pixels say the same: they do not count as witnesses each.
   return counts / max(counts.sum(), 1.0) * _WITNESSES
-
-
-def _blurred(tables: np.ndarray) -> np.ndarray:
-  """Gives a share of each bin's counts, [N, bins^3], to its neighbours."""
-  aside = np.eye(_BINS, k=1) + np.eye(_BINS, k=-1)
-  aside[0, 0] = aside[-1, -1] = 1  # There is no bin beyond.
-  mix = (1 - 2 * _SHIFTED) * np.eye(_BINS) + _SHIFTED * aside
-  cube = tables.reshape(-1, _BINS, _BINS, _BINS)
-  cube = np.einsum("rR,gG,bB,nRGB->nrgb", mix, mix, mix, cube, optimize=True)
-  return cube.reshape(tables.shape)
 
 
 def _region(part, points, shape, words) -> np.ndarray:
