@@ -14,31 +14,32 @@ import paperdoll_results
 
 
 def _scores(name, *rank1):
-  return [
-    {b: {"rank1": x, "mAP": x / 2} for b in paperdoll_results._NAMES}
-    for x in rank1
-  ]
+  where = common.environment()
+  return {
+    str(seed): {
+      **{b: {"rank1": x, "mAP": x / 2} for b in paperdoll_results._NAMES},
+      "where": where | {"commit": f"seed{seed}"},
+    }
+    for seed, x in enumerate(rank1)
+  }
 
 
 def test_small_tables_say_what_holds_in_every_seed():
   names = (paperdoll_results.FROZEN, *paperdoll_results.RUNS)
   scores = {name: _scores(name, 0.5, 0.6) for name in names}
+  scores[names[0]] = _scores(names[0], 0.5)  # Without a seed.
   scores["a"] = _scores("a", 0.1, 0.2)  # Below b in both seeds.
   scores["e"] = _scores("e", 0.7, 0.55)  # Above c once, below it once.
-  scores["k24"] = _scores("k24", 0.9, 0.9)  # Above e in both seeds.
-  text = paperdoll_results.page(
-    {
-      "scores": scores,
-      "people": 3,
-      "views": 6,
-      "environment": common.environment(),
-    }
-  )
+  scores["k24"] = _scores("k24", 0.9, 0.9, 0.1)  # Above e in both seeds.
+  text = paperdoll_results.page({"scores": scores, "people": 3, "views": 6})
   row = lambda start: next(x for x in text.splitlines() if start in x)
   assert "| +40.0 ± 0.0 | +40.0 ± 0.0 | holds |" in row("IV b over a")
   assert "| open: better 2 of 4 times |" in row("IV e over c")
   assert "| does not hold |" in row("k = 6 over 24")
   assert "| 62.5 ± 10.6 | 31.2 ± 5.3 |" in row("e) + L2-SupCon")
+  assert "| 50.0 ± 0.0 | 25.0 ± 0.0 |" in row("frozen mini CLIP |")
+  assert "commit seed0" in text  # Each machine and commit has a line.
+  assert "commit seed1" in text
   # Trained and tested on the same benchmark is no transfer.
   assert "| (own) | (own) | 55.0" in row("Market's people")
 
