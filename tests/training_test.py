@@ -198,6 +198,8 @@ def test_ptl_trains_the_encoder_and_freezes_the_text_tower(world, trained):
   for name, value in began.items():
     same = np.array_equal(value, params[f"clip/{name}"])
     trains = name.startswith(("vision_model/", "visual_projection/"))
+    # It moves all logits of a row alike: no gradient, and here no weight decay.
+    trains &= name != "vision_model/encoder/layers_1/self_attn/k_proj/bias"
     assert same != trains, name
 
 
