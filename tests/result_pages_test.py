@@ -1,5 +1,6 @@
 """Pages that scripts write from measurements: rows, verdicts, bars."""
 
+import json
 import pathlib
 import sys
 
@@ -11,6 +12,8 @@ sys.path.insert(0, str(_ROOT / "benchmarks"))
 import common
 import mini_page
 import paperdoll_results
+
+from dppp_jax import demo
 
 
 def _scores(name, *rank1):
@@ -93,3 +96,10 @@ def test_mini_page_is_current():
   if not (folder / "mini_quality-cpu.json").is_file():
     pytest.skip("the small networks have not been measured")
   mini_page.write(check=True)
+
+
+def test_small_tables_are_those_of_the_shipped_networks():
+  assert paperdoll_results.held(demo.networks())
+  results = json.loads(paperdoll_results._JSON.read_text())
+  written = (_ROOT / "docs/paperdoll_results.md").read_text()
+  assert written == paperdoll_results.page(results)
