@@ -300,7 +300,7 @@ class TextTower(nn.Module):
     Args:
       ids: int [B, N]; may be left out where embeddings and eot are given.
       embeddings: [B, N, D], instead of those of ids: token embeddings in
-        which pseudo-words took the place of some (see `put_words`).
+        which pseudo-words took the place of some (`packing.put_words`).
       eot: position of the end of text, int [B] or one int; found in ids
         where it is not given.
       hidden: which states to return whole, counted as transformers does: 0
