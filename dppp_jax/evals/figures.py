@@ -141,7 +141,10 @@ def distance_distributions(
   Args:
     distances: label -> [num], of `domains.between`.
   """
-  figure, axes = _figure(6.4, 3.6)
+  columns = 2
+  lines = 1 + -(-len(distances) // columns)  # Of the legend, with its title.
+  margins = (0.11, 0.14, 0.97, 1 - 0.075 * lines)
+  figure, axes = _figure(6.4, 3.8, margins)
   low = min(values.min() for values in distances.values())
   high = max(values.max() for values in distances.values())
   margin = 0.05 * max(high - low, 1e-3)
@@ -158,10 +161,17 @@ def distance_distributions(
     axes.fill_between(at, density, color=colour, alpha=0.15, linewidth=0)
     axes.axvline(values.mean(), color=colour, linewidth=1, linestyle="--")
   axes.set_xlim(at[0], at[-1])
-  axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # Room for the legend.
+  axes.set_ylim(bottom=0)
   axes.set_xlabel("Euclidean distance of normalised features")
   axes.set_ylabel("density")
-  axes.legend(frameon=False, title="mean ± std")
+  # Above the axes: a mean's line may be anywhere in them.
+  axes.legend(
+    frameon=False,
+    title="mean ± std",
+    loc="lower center",
+    bbox_to_anchor=(0.5, 1),
+    ncols=columns,
+  )
   return figure
 
 
