@@ -196,8 +196,8 @@ class Side:
       fn, names = self._step_fn(bfloat16=bfloat16)
       # On a GPU a float32 product is TF32 unless one asks for more.
       with jax.default_matmul_precision(None if bfloat16 else "highest"):
-        lowered = jax.jit(fn, donate_argnums=0).lower(*self._arguments())
-        self._programs[bfloat16] = lowered.compile(), names
+        compiled = step_lib.compile_ahead(fn, *self._arguments())
+      self._programs[bfloat16] = compiled, names
     return self._programs[bfloat16]
 
   def _step_fn(self, *, bfloat16: bool) -> tuple[Any, list[str]]:

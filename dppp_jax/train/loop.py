@@ -259,10 +259,8 @@ class _StageRun:
     )
     first = next(batches)
     factor = jnp.float32(0)
-    compiled = (
-      jax.jit(step_fn, donate_argnums=0)
-      .lower(state, frozen, dataset, first, np.int32(0), factor)
-      .compile()
+    compiled = step_lib.compile_ahead(
+      step_fn, state, frozen, dataset, first, np.int32(0), factor
     )
     pending: list[tuple[int, jax.Array]] = []
     clock = time.monotonic()

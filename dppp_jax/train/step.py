@@ -80,6 +80,30 @@ def make_step(
   return step_fn, names
 
 
+def compile_ahead(step_fn: Callable[..., Any], *arguments: Any) -> Any:
+  """Compiles a step for arguments like these; its state is donated.
+
+  XLA's CPU backend would copy each parameter at the start of a step: it does
+  not see, unless it is told to look, that the last reading of a parameter
+  comes before its update. For a ViT-B/16 that is half a gigabyte.
+
+  Args:
+    step_fn: of `make_step`.
+    *arguments: of `step_fn`.
+
+  Returns:
+    The compiled function of the same arguments.
+  """
+  options = None
+  if jax.default_backend() == "cpu":
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+  return (
+    jax.jit(step_fn, donate_argnums=0, compiler_options=options)
+    .lower(*arguments)
+    .compile()
+  )
+
+
 def make_tx(
   stage: stage_lib.Stage, rates: Mapping[str, float]
 ) -> optax.GradientTransformation:
