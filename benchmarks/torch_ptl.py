@@ -324,8 +324,10 @@ class Side:
       fused=True,
     )
 
-  def step(self, variant: str, *, bfloat16: bool | None = None) -> Any:
-    """Runs one step; returns its loss, on the device."""
+  def step(
+    self, variant: str, *, bfloat16: bool | None = None
+  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs one step; returns its loss and gradient norm, on the device."""
     model = self._model
     if "compiled" in variant:
       if self._compiled is None:  # Its truth would be asked of a length.
@@ -336,20 +338,16 @@ class Side:
       loss = model(self._images, self._labels, "77" in variant)
     self._optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    norm = torch.nn.utils.get_total_norm(
+      [p.grad for p in self._model.parameters() if p.grad is not None]
+    )
     self._optimiser.step()
-    return loss.detach()
+    return loss.detach(), norm
 
   def check(self, variant: str, steps: int) -> list[tuple[float, float]]:
     """Returns (loss, gradient norm) of the first steps, in float32."""
-    found = []
-    for _ in range(steps):
-      loss = self.step(variant, bfloat16=False).item()
-      grads = [p.grad for p in self._model.parameters() if p.grad is not None]
-      norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(g) for g in grads])
-      )
-      found.append((loss, norm.item()))
-    return found
+    made = (self.step(variant, bfloat16=False) for _ in range(steps))
+    return [(loss.item(), norm.item()) for loss, norm in made]
 
   def prepare(self, variant: str) -> float:
     """Runs a step; returns its seconds, compilation included."""

@@ -5,7 +5,8 @@
 Forward, backward and Adam update at the paper's recipe (256 x 128 pictures, the
 paper's number of identities, random weights): 64 pictures in bfloat16 on a
 GPU, 4 in float32 on a CPU. Pictures come as uint8 and are normalised within
-the step; augmentation is left out on both sides. PyTorch reads prompts at
+the step, which returns the loss and the gradient norm, since a run logs both;
+augmentation is left out on both sides. PyTorch reads prompts at
 CLIP's 77 tokens, as CLIP-ReID does, and at their own length, which gives the
 same numbers; this project always does the latter.
 

@@ -125,7 +125,13 @@ def average(
 
 def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
   """Returns the global L2 norm in float32; zero for no gradients at all."""
-  squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()]
+
+  def square(g):
+    # Rows first: XLA's CPU backend takes twice as long for all at once.
+    rows = jnp.sum(jnp.square(g.astype(jnp.float32)), axis=g.ndim - 1)
+    return jnp.sum(rows)
+
+  squares = [square(jnp.atleast_1d(g)) for g in grads.values()]
   return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
