@@ -34,16 +34,18 @@ def dot_product(
   # Heads before rows: XLA's CPU backend multiplies such stacks of matrices
   # without a detour.
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-  logits = jnp.matmul(
+  logits = jnp.einsum(
+    "bhnd,bhmd->bhnm",
     query * query.shape[-1] ** -0.5,
-    jnp.swapaxes(key, -1, -2),
+    key,
     preferred_element_type=layers.stream_dtype(value.dtype),
   )
   if causal:
     n, m = logits.shape[-2:]
     mask = jnp.tril(jnp.ones((n, m), bool))[None]
-  weights = _softmax(logits, mask).astype(value.dtype)
-  return jnp.swapaxes(weights @ value, 1, 2)
+  weights, total = _exponentials(logits, mask)
+  y = (weights.astype(value.dtype) @ value) / total
+  return jnp.swapaxes(y.astype(value.dtype), 1, 2)
 
 
 def of_linear(
@@ -94,20 +96,37 @@ def of_linear(
     x,
     preferred_element_type=layers.stream_dtype(x.dtype),
   )
-  weights = _softmax(logits, mask).astype(x.dtype)
-  seen = jnp.einsum("bhrn,bnD->bhrD", weights, x)
+  weights, total = _exponentials(logits, mask)
+  seen = jnp.einsum("bhrn,bnD->bhrD", weights.astype(x.dtype), x) / total
+  seen = seen.astype(x.dtype)
   y = jnp.einsum("bhrD,Dhd->brhd", seen, of_heads(value))
   if value.bias is not None:
     y += value.bias.astype(y.dtype).reshape(1, 1, heads, d)
   return y
 
 
-def _softmax(logits: jax.Array, mask: types.Array | None) -> jax.Array:
-  """Returns weights [B, heads, N, M], zero where `mask` [B, N, M] is False."""
+def _exponentials(
+  logits: jax.Array, mask: types.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns a softmax and what it is still to be divided by.
+
+  After the product with the values there is less to divide, and the gradient
+  of the division needs no pass over all logits.
+
+  Args:
+    logits: [B, heads, N, M].
+    mask: bool [B or 1, N, M], True where a row may look.
+
+  Returns:
+    (weights [B, heads, N, M], zero where a row may not look, their sums
+    [B, heads, N, 1]).
+  """
   if mask is not None:
     lowest = jnp.finfo(logits.dtype).min
     logits = jnp.where(mask[:, None], logits, lowest)
-  return jax.nn.softmax(logits, axis=-1)
+  highest = jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(highest))
+  return weights, jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _has_flash_kernel(query: types.Array, mask: types.Array | None) -> bool:
