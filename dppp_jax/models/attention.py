@@ -97,8 +97,8 @@ def of_linear(
     preferred_element_type=layers.stream_dtype(x.dtype),
   )
   weights, total = _exponentials(logits, mask)
-  seen = jnp.einsum("bhrn,bnD->bhrD", weights.astype(x.dtype), x) / total
-  seen = seen.astype(x.dtype)
+  weights = (weights / total).astype(x.dtype)  # x has more columns than rows.
+  seen = jnp.einsum("bhrn,bnD->bhrD", weights, x)
   y = jnp.einsum("bhrD,Dhd->brhd", seen, of_heads(value))
   if value.bias is not None:
     y += value.bias.astype(y.dtype).reshape(1, 1, heads, d)
@@ -110,8 +110,8 @@ def _exponentials(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns a softmax and what it is still to be divided by.
 
-  After the product with the values there is less to divide, and the gradient
-  of the division needs no pass over all logits.
+  After the product with a head's values there is less to divide, and the
+  gradient of the division needs no pass over all logits.
 
   Args:
     logits: [B, heads, N, M].

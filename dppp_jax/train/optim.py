@@ -127,7 +127,7 @@ def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
   """Returns the global L2 norm in float32; zero for no gradients at all."""
 
   def square(g):
-    # Rows first: XLA's CPU backend takes twice as long for all at once.
+    # Rows first: XLA's CPU backend takes longer for all at once.
     rows = jnp.sum(jnp.square(g.astype(jnp.float32)), axis=g.ndim - 1)
     return jnp.sum(rows)
 
