@@ -25,7 +25,7 @@ import mini_page
 import numpy as np
 import PIL.Image
 
-from dppp_jax import allocator, cli, devices, logs, types
+from dppp_jax import cli, devices, logs, process, types
 from dppp_jax.data import images as images_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.evals import zeroshot
@@ -216,7 +216,7 @@ def main() -> None:
   )
   parser.add_argument("--cache", default=str(cli.ROOT / "runs/canvases"))
   args = parser.parse_args()
-  allocator.keep_memory()
+  process.tune()
   assets = pathlib.Path(args.assets)
   draw = lambda num, **options: canvas_corpus.draw(
     num, with_scenes=False, cache=args.cache, **options

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import allocator, trees
+from dppp_jax import process, trees
 from dppp_jax.methods import dppp, prompts
 from dppp_jax.models import clip
 from dppp_jax.train import optim
@@ -138,7 +138,7 @@ class Side:
 
   def __init__(self, folder: str, setting: Setting):
     """Draws all weights, and leaves the CLIP's in `folder`."""
-    allocator.keep_memory()  # As launchers do.
+    process.tune()  # As launchers do.
     rng = np.random.default_rng(_SEED)
     # Norms and biases too differ from the ones and zeros that hide mistakes.
     flat = {

@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from dppp_jax import allocator, errors
+from dppp_jax import errors, process
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REQUIRED = ""  # As `config` of `run`: there is no default.
@@ -52,7 +52,7 @@ def run(
   Raises:
     SystemExit: always.
   """
-  allocator.keep_memory()
+  process.tune()
   argv = list(sys.argv if argv is None else argv)
   app.define_help_flags()
   known = set(flags.FLAGS)

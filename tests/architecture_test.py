@@ -16,7 +16,7 @@ _FLOORS = {
   "types": 1,
   "trees": 1,
   "rngs": 1,
-  "allocator": 1,
+  "process": 1,
   "devices": 1,
   "logs": 1,
   "interrupts": 1,

@@ -60,3 +60,28 @@ def test_product_and_its_gradients_are_numpys(rng):
   np.testing.assert_allclose(dx, dy @ kernel.T, atol=1e-12)
   expected = sum(a.T @ b for a, b in zip(x, dy, strict=True))
   np.testing.assert_allclose(dk, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_activation_of_a_linear_layer_is_computed_anew(rng, use_bias):
+  x, dy = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3, 7))
+  names = ("kernel", "bias")[: 1 + use_bias]
+  params = [rng.standard_normal(s) for s in ((5, 7), (7,))[: len(names)]]
+  with jax.enable_x64(True):
+    linear = layers.Linear(5, 7, use_bias=use_bias, dtype=jnp.float64)
+    act = layers.activation("quick_gelu")
+    apply = lambda x, *params: linear.apply(
+      {"params": dict(zip(names, params, strict=True))}, x, act
+    )
+    y, pull = jax.vjp(apply, *map(jnp.asarray, (x, *params)))
+    grads = pull(jnp.asarray(dy))
+  # Neither the activation's input nor its slope is kept beside the product.
+  assert sum(leaf.shape == y.shape for leaf in jax.tree.leaves(pull)) == 1
+  given = [torch.tensor(z, requires_grad=True) for z in (x, *params)]
+  theirs = given[0] @ given[1]
+  theirs = theirs + given[2] if use_bias else theirs
+  theirs = theirs * torch.sigmoid(1.702 * theirs)
+  theirs.backward(torch.tensor(dy))
+  _close(y, theirs)
+  for ours, leaf in zip(grads, given, strict=True):
+    _close(ours, leaf.grad)

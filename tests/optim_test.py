@@ -11,23 +11,34 @@ from dppp_jax import errors
 from dppp_jax.train import optim, stage
 
 
-def _trees(rng):
+def _trees(rng, dtype):
   shapes = {"a/kernel": (3, 4), "a/bias": (4,), "b/kernel": (2, 2)}
-  return {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+  return {k: rng.normal(size=s).astype(dtype) for k, s in shapes.items()}
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_same_as_torch(decoupled):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_same_as_torch(decoupled, decay, dtype):
+  with jax.enable_x64(dtype == np.float64):
+    _compare_with_torch(decoupled, decay, dtype)
+
+
+def _compare_with_torch(decoupled, weight_decay, dtype):
   rng = np.random.default_rng(0)
-  params = _trees(rng)
+  params = _trees(rng, dtype)
   rates = {"a/kernel": 1e-2, "a/bias": 1e-2, "b/kernel": 3e-3}
   tx = optim.make(
-    rates, weight_decay=0.1, decoupled=decoupled, bias_lr_multiplier=2.0
+    rates,
+    weight_decay=weight_decay,
+    decoupled=decoupled,
+    bias_lr_multiplier=2.0,
   )
   theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
   kind = torch.optim.AdamW if decoupled else torch.optim.Adam
   decay = {
-    k: 0.0 if decoupled and v.ndim < 2 else 0.1 for k, v in params.items()
+    k: 0.0 if decoupled and v.ndim < 2 else weight_decay
+    for k, v in params.items()
   }
   lr = {k: v * (2 if k.endswith("bias") else 1) for k, v in rates.items()}
   groups = [
@@ -39,16 +50,18 @@ def test_same_as_torch(decoupled):
   state = tx.init(ours)
   for step in range(7):
     factor = 0.1 if step >= 4 else 1.0
-    grads = _trees(rng)
+    grads = _trees(rng, dtype)
     for group in torch_optimizer.param_groups:
       group["lr"] = lr[group["name"]] * factor
       group["params"][0].grad = torch.tensor(grads[group["name"]])
     torch_optimizer.step()
     updates, state = tx.update(grads, state, ours)
-    ours = optim.apply(ours, updates, jnp.float32(factor))
+    ours = optim.apply(ours, updates, dtype(factor))
+  rtol, atol = (2e-6, 2e-7) if dtype == np.float32 else (1e-12, 0)
   for key, value in ours.items():
     want = theirs[key].detach().numpy()
-    np.testing.assert_allclose(value, want, rtol=2e-6, atol=2e-7)
+    assert value.dtype == dtype
+    np.testing.assert_allclose(value, want, rtol=rtol, atol=atol)
 
 
 def test_muon_makes_the_momentum_of_kernels_orthogonal():

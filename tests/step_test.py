@@ -59,6 +59,9 @@ def test_state_is_updated_where_it_lies(step):
   kernel = rf"f32\[{_WIDTH},{_WIDTH}\]\S*"
   assert len(re.findall(rf"{kernel} parameter\(", text)) >= 3 * _DEPTH
   assert not re.findall(rf"{kernel} copy\(", text)
+  # A parameter and its moments in one loop, `process.fuse_outputs`.
+  three = rf"\({kernel}, {kernel}, {kernel}\) fusion\("
+  assert len(re.findall(three, text)) == _DEPTH
 
 
 def test_compiled_step_computes_what_the_plain_one_does(step):

@@ -133,13 +133,31 @@ class Linear(nn.Module):
     if self.use_bias:
       self.bias = self.param("bias", self.bias_init, shape[1:])
 
-  def __call__(self, x: types.Array) -> jax.Array:
-    """Returns [*b, F] for x [*b, D]."""
+  def __call__(
+    self,
+    x: types.Array,
+    act: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> jax.Array:
+    """Applies the layer.
+
+    Args:
+      x: [*b, D].
+      act: of what comes out. The backward pass computes it anew from the
+        product alone: that is less than to write what it would keep.
+
+    Returns:
+      [*b, F].
+    """
     x, kernel, bias = nn.dtypes.promote_dtype(
       x, self.kernel, self.bias, dtype=self.dtype
     )
-    y = product(x, kernel)
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+    def finish(y, bias):
+      y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+      return y if act is None else act(y)
+
+    finish = finish if act is None else jax.checkpoint(finish)
+    return finish(product(x, kernel), bias)
 
 
 class LayerNorm(nn.Module):

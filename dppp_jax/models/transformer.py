@@ -79,8 +79,8 @@ class Mlp(nn.Module):
       dtype=self.dtype,
       name=name,
     )
-    x = linear(width, self.hidden, (2 * width) ** -0.5, "fc1")(x)
-    x = layers.activation(self.act)(x)
+    fc1 = linear(width, self.hidden, (2 * width) ** -0.5, "fc1")
+    x = fc1(x, layers.activation(self.act))
     std = (2 * width * self.depth) ** -0.5
     return linear(self.hidden, width, std, "fc2")(x)
 

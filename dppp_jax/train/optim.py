@@ -75,13 +75,13 @@ def make(
   )
   if muon and not decoupled:
     raise ValueError("muon has no decay inside its moments: decoupled=True")
-  moments = _muon() if muon else optax.scale_by_adam(eps=1e-8)
   if decoupled:
+    moments = _muon() if muon else _adam()
     is_matrix = lambda params: {k: x.ndim > 1 for k, x in params.items()}
     decay = optax.add_decayed_weights(weight_decay, mask=is_matrix)
     chain = (clip, moments, decay)
   else:
-    chain = (clip, optax.add_decayed_weights(weight_decay), moments)
+    chain = (clip, _adam(weight_decay))
   rate = optax.stateless(
     lambda updates, _: {k: scale[k] * u for k, u in updates.items()}
   )
@@ -133,6 +133,61 @@ def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
 
   squares = [square(jnp.atleast_1d(g)) for g in grads.values()]
   return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+
+def _adam(
+  decay: float = 0.0,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+  """Adam (Kingma & Ba 2015, Algorithm 1), uphill and at a rate of one.
+
+  `optax.scale_by_adam`, of whose state this one's is, behind
+  `add_decayed_weights`. There the new moments lead to the update; here the
+  update and both moments are each written out from the old moments, with
+  factors of their own, so that no array is between them. Then XLA computes all
+  three in one loop (on a CPU where `process.fuse_outputs` was called), and
+  that is bound by memory.
+
+  Args:
+    decay: L2 strength, added to the gradient.
+    b1: of the first moment.
+    b2: of the second moment.
+    epsilon: added to the root of the second moment.
+  """
+
+  def decayed(scale, gradient, parameter):
+    if not decay:
+      return scale * gradient
+    return scale * gradient + (scale * decay) * parameter
+
+  def first(keep, scale, moment, gradient, parameter):
+    return keep * moment + decayed(scale, gradient, parameter)
+
+  def second(keep, scale, moment, gradient, parameter):
+    return keep * moment + jnp.square(decayed(scale, gradient, parameter))
+
+  def update(gradients, state, parameters):
+    count = optax.safe_increment(state.count)
+    unbias1, unbias2 = (1 / (1 - b**count) for b in (b1, b2))
+    new1, new2 = 1 - b1, (1 - b2) ** 0.5
+
+    def leaf(m, v, g, p):
+      ahead = first(b1 * unbias1, new1 * unbias1, m, g, p)
+      spread = second(b2 * unbias2, new2 * unbias2**0.5, v, g, p)
+      ahead = ahead / (jnp.sqrt(spread) + epsilon)
+      return ahead, first(b1, new1, m, g, p), second(b2, new2, v, g, p)
+
+    found = {
+      name: leaf(state.mu[name], state.nu[name], g, parameters[name])
+      for name, g in gradients.items()
+    }
+    updates, mu, nu = ({k: x[i] for k, x in found.items()} for i in range(3))
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def _muon() -> optax.GradientTransformation:
