@@ -2,17 +2,21 @@
 
 import ctypes
 import os
+import pathlib
 import sys
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+# Of Linux' mman.h, and the size of such a page on most processors.
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 << 20
 
 _EXTRA = "--xla_backend_extra_options"
 
 
 def tune() -> None:
   """Does all of this module; to be called before there are threads."""
-  keep_memory()
+  if keep_memory():
+    use_huge_pages()
   fuse_outputs()
 
 
@@ -37,6 +41,41 @@ def keep_memory() -> bool:
   # -1 is never: 2 GB, the largest number, are less than some programs need.
   settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
   return all([mallopt(*setting) for setting in settings.items()])
+
+
+def use_huge_pages() -> bool:
+  """Asks for large pages under the memory that `keep_memory` keeps.
+
+  The heap is grown by half of the machine's memory at once, advised, and left
+  to the allocator before anything is written there: that takes none of it.
+  What the process asks for later then lies in pages of 2 MB, where the system
+  has such, and is found with fewer walks through the page table.
+
+  Returns:
+    Whether the system took the advice.
+  """
+  if not sys.platform.startswith("linux"):
+    return False
+  policy = pathlib.Path("/proc/sys/vm/overcommit_memory")
+  if not policy.exists() or policy.read_text().strip() == "2":
+    return False  # There, memory that is asked for counts as taken.
+  libc = ctypes.CDLL(None)
+  try:
+    malloc, free, madvise = libc.malloc, libc.free, libc.madvise
+  except AttributeError:
+    return False
+  malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  free.argtypes = [ctypes.c_void_p]
+  madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+  begin = malloc(size)
+  if not begin:
+    return False
+  aligned = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
+  length = (begin + size - aligned) // _HUGE_PAGE * _HUGE_PAGE
+  refused = madvise(aligned, length, _MADV_HUGEPAGE)
+  free(begin)
+  return not refused
 
 
 def fuse_outputs() -> bool:

@@ -1,6 +1,7 @@
-"""What glibc does with freed memory, before and after; the flags of XLA."""
+"""Freed memory and its pages, before and after; the flags of XLA."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -36,6 +37,34 @@ def _faults(mode):
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_used_again():
   assert _faults("keep") < 50 < _faults("leave")
+
+
+_HEAP = """
+import pathlib
+from dppp_jax import process
+process.keep_memory()
+assert process.use_huge_pages()
+heap = False
+for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+  words = line.split()
+  heap = words[-1] == "[heap]" if "-" in words[0] else heap
+  if heap and words[0] == "Rss:":
+    taken = int(words[1])
+  if heap and words[0] == "VmFlags:" and "hg" in words:
+    print(taken)
+"""
+
+
+@pytest.mark.skipif(
+  not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(),
+  reason="a system without large pages",
+)
+def test_large_pages_are_asked_for_and_none_is_taken():
+  found = subprocess.run(
+    [sys.executable, "-c", _HEAP], capture_output=True, text=True, check=True
+  )
+  assert sum(map(int, found.stdout.split())) < 64 << 10  # kB, of half of all.
+  assert found.stdout
 
 
 @pytest.mark.parametrize("given", ["", "--xla_cpu_enable_fast_math=false"])
