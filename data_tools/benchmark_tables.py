@@ -56,6 +56,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple]:
       yield from flatten(value, f"{name}, ")
     elif isinstance(value, float):
       yield name, f"{value:.4g}"
+    elif isinstance(value, list) and any(isinstance(x, float) for x in value):
+      spread = f"{min(value):.4g} to {max(value):.4g}"
+      yield name, f"{spread} ({len(value)} in the file)"
     elif isinstance(value, list):
       yield name, " x ".join(map(str, value))
     else:
