@@ -216,7 +216,7 @@ def main() -> None:
   )
   parser.add_argument("--cache", default=str(cli.ROOT / "runs/canvases"))
   args = parser.parse_args()
-  process.tune()
+  process.tune_memory()
   assets = pathlib.Path(args.assets)
   draw = lambda num, **options: canvas_corpus.draw(
     num, with_scenes=False, cache=args.cache, **options

@@ -138,7 +138,8 @@ class Side:
 
   def __init__(self, folder: str, setting: Setting):
     """Draws all weights, and leaves the CLIP's in `folder`."""
-    process.tune()  # As launchers do.
+    process.tune_memory()  # As launchers do.
+    process.fuse_outputs()  # As launch/train.py does.
     rng = np.random.default_rng(_SEED)
     # Norms and biases too differ from the ones and zeros that hide mistakes.
     flat = {

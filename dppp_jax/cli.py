@@ -52,7 +52,7 @@ def run(
   Raises:
     SystemExit: always.
   """
-  process.tune()
+  process.tune_memory()
   argv = list(sys.argv if argv is None else argv)
   app.define_help_flags()
   known = set(flags.FLAGS)

@@ -11,13 +11,13 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 << 20
 
 _EXTRA = "--xla_backend_extra_options"
+_FUSION = "xla_cpu_use_multi_output_fusion"
 
 
-def tune() -> None:
-  """Does all of this module; to be called before there are threads."""
+def tune_memory() -> None:
+  """Keeps memory, in large pages; to be called before there are threads."""
   if keep_memory():
     use_huge_pages()
-  fuse_outputs()
 
 
 def keep_memory() -> bool:
@@ -86,12 +86,18 @@ def fuse_outputs() -> bool:
   from the environment alone, for all programs of the process and of those it
   starts, and reads that when it compiles for the first time.
 
+  It is for the training of transformers: XLA then computes nothing twice, but
+  writes it down, and a UNet that denoises takes several times as long.
+
   Returns:
     Whether XLA is asked for it; not where `XLA_FLAGS` has such options already.
   """
   given = os.environ.get("XLA_FLAGS", "")
-  if _EXTRA in given:
-    return False
-  flag = f"{_EXTRA}=xla_cpu_use_multi_output_fusion"
-  os.environ["XLA_FLAGS"] = f"{given} {flag}".strip()
-  return True
+  if _EXTRA not in given:
+    os.environ["XLA_FLAGS"] = f"{given} {_EXTRA}={_FUSION}".strip()
+  return outputs_are_fused()
+
+
+def outputs_are_fused() -> bool:
+  """Returns whether XLA was asked for loops that write several arrays."""
+  return _FUSION in os.environ.get("XLA_FLAGS", "")

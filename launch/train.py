@@ -8,7 +8,7 @@ Run the same command again to go on where a run was stopped or killed.
 
 from absl import flags
 
-from dppp_jax import cli, training
+from dppp_jax import cli, process, training
 
 
 def define_flags():
@@ -33,4 +33,5 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
+  process.fuse_outputs()
   cli.run(main, config=cli.REQUIRED, define_flags=define_flags)

@@ -201,13 +201,6 @@ def test_interrupt_is_130(capsys):
   assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_process_is_tuned_before_main(monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", "")
-  seen = []
-  _call(lambda _: seen.append(os.environ["XLA_FLAGS"]))
-  assert "xla_cpu_use_multi_output_fusion" in seen[0]
-
-
 def test_bugs_keep_their_traceback():
   def main(args):
     raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Guard rails of every test: CPU, two devices, flags as launchers set them."""
+"""Guard rails for every test: CPU, two devices of it, no rank promotion."""
 
 import os
 
@@ -8,8 +8,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 
-from dppp_jax import process
-
-process.fuse_outputs()
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from dppp_jax import errors
+from dppp_jax import errors, process
 from dppp_jax.train import optim, stage
 
 
@@ -19,7 +19,10 @@ def _trees(rng, dtype):
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_same_as_torch(decoupled, decay, dtype):
+@pytest.mark.parametrize("one_loop", [False, True])
+def test_same_as_torch(monkeypatch, decoupled, decay, dtype, one_loop):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert not one_loop or process.fuse_outputs()
   with jax.enable_x64(dtype == np.float64):
     _compare_with_torch(decoupled, decay, dtype)
 
@@ -62,6 +65,20 @@ def _compare_with_torch(decoupled, weight_decay, dtype):
     want = theirs[key].detach().numpy()
     assert value.dtype == dtype
     np.testing.assert_allclose(value, want, rtol=rtol, atol=atol)
+
+
+def test_state_of_adam_does_not_depend_on_its_loops(monkeypatch):
+  """A checkpoint of one is a checkpoint of the other."""
+  params = {"a/kernel": jnp.ones((2, 3))}
+  states = []
+  for flags in ("", "--xla_backend_extra_options=xla_none"):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    if not flags:
+      process.fuse_outputs()
+    assert process.outputs_are_fused() is not bool(flags)
+    tx = optim.make({"a/kernel": 0.1}, weight_decay=0.1)
+    states.append(jax.tree.structure(tx.init(params)))
+  assert states[0] == states[1]
 
 
 def test_muon_makes_the_momentum_of_kernels_orthogonal():

@@ -1,12 +1,16 @@
 """The step of a stage: what its compilation makes of its state."""
 
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dppp_jax import process
 from dppp_jax.train import optim
 from dppp_jax.train import stage as stage_lib
 from dppp_jax.train import step as step_lib
@@ -14,8 +18,7 @@ from dppp_jax.train import step as step_lib
 _DEPTH, _WIDTH = 5, 64
 
 
-@pytest.fixture(scope="module")
-def step():
+def make():
   """Returns (step function, its arguments) of a stack of layers."""
 
   def loss(params, collections, batch, rng):
@@ -53,19 +56,41 @@ def step():
   return step_fn, (state, {}, dataset, feed, np.int32(0), np.float32(1))
 
 
-def test_state_is_updated_where_it_lies(step):
-  step_fn, arguments = step
-  text = step_lib.compile_ahead(step_fn, *arguments).as_text()
+@pytest.fixture(scope="module", params=[False, True])
+def programs(request, tmp_path_factory):
+  """Returns (one loop, XLA's text) of a step of a process of its own."""
+  path = tmp_path_factory.mktemp("step") / "program.txt"
+  lines = (
+    "import pathlib, sys; sys.path.insert(0, sys.argv[1])",
+    "from dppp_jax import process",
+    "assert process.fuse_outputs()" if request.param else "",
+    "import step_test",
+    "step_fn, arguments = step_test.make()",
+    "program = step_test.step_lib.compile_ahead(step_fn, *arguments)",
+    "pathlib.Path(sys.argv[2]).write_text(program.as_text())",
+  )
+  here = pathlib.Path(__file__).parent
+  command = [sys.executable, "-c", "\n".join(lines), str(here), str(path)]
+  subprocess.run(command, check=True)
+  return request.param, path.read_text()
+
+
+def test_state_is_updated_where_it_lies(programs):
+  one_loop, text = programs
   kernel = rf"f32\[{_WIDTH},{_WIDTH}\]\S*"
   assert len(re.findall(rf"{kernel} parameter\(", text)) >= 3 * _DEPTH
   assert not re.findall(rf"{kernel} copy\(", text)
-  # A parameter and its moments in one loop, `process.fuse_outputs`.
+  # A parameter and both its moments.
   three = rf"\({kernel}, {kernel}, {kernel}\) fusion\("
-  assert len(re.findall(three, text)) == _DEPTH
+  assert len(re.findall(three, text)) == one_loop * _DEPTH
 
 
-def test_compiled_step_computes_what_the_plain_one_does(step):
-  step_fn, (state, *rest) = step
+@pytest.mark.parametrize("one_loop", [False, True])
+def test_compiled_step_computes_what_the_plain_one_does(monkeypatch, one_loop):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  if one_loop:  # XLA has read its flags already: only the formulas change.
+    assert process.fuse_outputs()
+  step_fn, (state, *rest) = make()
   compiled = step_lib.compile_ahead(step_fn, state, *rest)
   want, got = state, jax.device_put(state)
   for _ in range(3):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from dppp_jax import trees, types
+from dppp_jax import process, trees, types
 
 
 def split(
@@ -76,12 +76,12 @@ def make(
   if muon and not decoupled:
     raise ValueError("muon has no decay inside its moments: decoupled=True")
   if decoupled:
-    moments = _muon() if muon else _adam()
+    moments = _muon() if muon else optax.scale_by_adam()
     is_matrix = lambda params: {k: x.ndim > 1 for k, x in params.items()}
     decay = optax.add_decayed_weights(weight_decay, mask=is_matrix)
     chain = (clip, moments, decay)
   else:
-    chain = (clip, _adam(weight_decay))
+    chain = (clip, *_decayed_adam(weight_decay))
   rate = optax.stateless(
     lambda updates, _: {k: scale[k] * u for k, u in updates.items()}
   )
@@ -135,21 +135,24 @@ def norm(grads: Mapping[str, jax.Array]) -> jax.Array:
   return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
-def _adam(
-  decay: float = 0.0,
-  *,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  epsilon: float = 1e-8,
-) -> optax.GradientTransformation:
-  """Adam (Kingma & Ba 2015, Algorithm 1), uphill and at a rate of one.
+def _decayed_adam(decay: float) -> tuple[optax.GradientTransformation, ...]:
+  """Adam of decayed gradients, uphill and at a rate of one: two links."""
+  if process.outputs_are_fused():
+    return optax.identity(), _adam_of_one_loop(decay)
+  return optax.add_decayed_weights(decay), optax.scale_by_adam()
 
-  `optax.scale_by_adam`, of whose state this one's is, behind
-  `add_decayed_weights`. There the new moments lead to the update; here the
-  update and both moments are each written out from the old moments, with
-  factors of their own, so that no array is between them. Then XLA computes all
-  three in one loop (on a CPU where `process.fuse_outputs` was called), and
-  that is bound by memory.
+
+def _adam_of_one_loop(
+  decay: float, *, b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8
+) -> optax.GradientTransformation:
+  """Adam (Kingma & Ba 2015, Algorithm 1) for loops that write several arrays.
+
+  `add_decayed_weights` and `optax.scale_by_adam`, of whose state this one's is.
+  There the decayed gradient leads to the moments, and these to the update.
+  Here the update and both moments are each written out from the old moments,
+  with factors of their own, so that no array stands between and XLA computes
+  all three in one loop (`process.fuse_outputs`; otherwise it would copy the
+  old moments). Such a loop is bound by memory, not by its arithmetic.
 
   Args:
     decay: L2 strength, added to the gradient.
