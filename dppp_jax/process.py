@@ -90,7 +90,7 @@ def fuse_outputs() -> bool:
   writes it down, and a UNet that denoises takes several times as long.
 
   Returns:
-    Whether XLA is asked for it; not where `XLA_FLAGS` has such options already.
+    Whether XLA is asked for it; not where `XLA_FLAGS` has other such options.
   """
   given = os.environ.get("XLA_FLAGS", "")
   if _EXTRA not in given:
