@@ -44,7 +44,7 @@ def keep_memory() -> bool:
 
 
 def use_huge_pages() -> bool:
-  """Asks for large pages under the memory that `keep_memory` keeps.
+  """Asks for large pages under the memory that `keep_memory` was told to keep.
 
   The heap is grown by half of the machine's memory at once, advised, and left
   to the allocator before anything is written there: that takes none of it.
@@ -54,16 +54,11 @@ def use_huge_pages() -> bool:
   Returns:
     Whether the system took the advice.
   """
-  if not sys.platform.startswith("linux"):
-    return False
   policy = pathlib.Path("/proc/sys/vm/overcommit_memory")
   if not policy.exists() or policy.read_text().strip() == "2":
-    return False  # There, memory that is asked for counts as taken.
+    return False  # Not Linux; or memory that is asked for counts as taken.
   libc = ctypes.CDLL(None)
-  try:
-    malloc, free, madvise = libc.malloc, libc.free, libc.madvise
-  except AttributeError:
-    return False
+  malloc, free, madvise = libc.malloc, libc.free, libc.madvise
   malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
   free.argtypes = [ctypes.c_void_p]
   madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

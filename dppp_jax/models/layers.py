@@ -151,13 +151,11 @@ class Linear(nn.Module):
     x, kernel, bias = nn.dtypes.promote_dtype(
       x, self.kernel, self.bias, dtype=self.dtype
     )
-
-    def finish(y, bias):
-      y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
-      return y if act is None else act(y)
-
-    finish = finish if act is None else jax.checkpoint(finish)
-    return finish(product(x, kernel), bias)
+    y = product(x, kernel)
+    shift = lambda y, b: y if b is None else y + jnp.broadcast_to(b, y.shape)
+    if act is None:
+      return shift(y, bias)
+    return jax.checkpoint(lambda y, b: act(shift(y, b)))(y, bias)
 
 
 class LayerNorm(nn.Module):
