@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from dppp_jax import types
 from dppp_jax.models import layers
 
+_HALVED_FROM = 1 << 22  # Multiplications: a tenth of a millisecond.
+
 
 def dot_product(
   query: types.Array,
@@ -31,6 +33,26 @@ def dot_product(
     return jax.nn.dot_product_attention(
       query, key, value, is_causal=causal, implementation="cudnn"
     )
+  if not _is_halved(query, key):
+    return _of_heads(query, key, value, causal, mask)
+  halve = lambda x: jnp.split(x, [query.shape[0] // 2])
+  masks = (mask, mask)
+  if mask is not None and mask.shape[0] > 1:
+    masks = halve(mask)
+  halves = zip(*map(halve, (query, key, value)), masks, strict=True)
+  return jnp.concatenate(
+    [_of_heads(q, k, v, causal, m) for q, k, v, m in halves]
+  )
+
+
+def _of_heads(
+  query: types.Array,
+  key: types.Array,
+  value: types.Array,
+  causal: bool,
+  mask: types.Array | None,
+) -> jax.Array:
+  """`dot_product`, one product of matrices for each example and head."""
   # Heads before rows: XLA's CPU backend multiplies such stacks of matrices
   # without a detour.
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -139,4 +161,20 @@ def _has_flash_kernel(query: types.Array, mask: types.Array | None) -> bool:
     and n > 1  # One row is a matrix-vector product: nothing to gain.
     and d % 8 == 0
     and d <= 128
+  )
+
+
+def _is_halved(query: types.Array, key: types.Array) -> bool:
+  """Decides at trace time whether halves of the examples go side by side.
+
+  XLA's CPU backend gives one core to a stack of small products. Two halves
+  are two chains of operations, which it runs at the same time; small stacks
+  are not worth the longer program.
+  """
+  examples, n, heads, d = query.shape
+  return (
+    jax.default_backend() == "cpu"
+    and isinstance(examples, int)  # Not an exported program's free size.
+    and examples > 1
+    and examples * heads * n * key.shape[1] * d >= _HALVED_FROM
   )
