@@ -1,5 +1,6 @@
 """The step of a stage: what its compilation makes of its state."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -71,7 +72,7 @@ def programs(request, tmp_path_factory):
   )
   here = pathlib.Path(__file__).parent
   command = [sys.executable, "-c", "\n".join(lines), str(here), str(path)]
-  subprocess.run(command, check=True)
+  subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": ""})
   return request.param, path.read_text()
 
 

@@ -59,7 +59,9 @@ _SETTING = ptl.Setting(
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
   folder = tmp_path_factory.mktemp("train_step") / "clip"
-  return folder, ptl.Side(str(folder), _SETTING)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", "")  # A side adds to those of its process.
+    yield folder, ptl.Side(str(folder), _SETTING)
 
 
 def their_side(ours, setting=_SETTING):
