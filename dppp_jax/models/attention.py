@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dppp_jax import types
 from dppp_jax.models import layers
 
-_HALVED_FROM = 1 << 22  # Multiplications: a tenth of a millisecond.
+_HALVED_FROM = 1 << 22  # Multiplications of one product, in the whole stack.
 
 
 def dot_product(
