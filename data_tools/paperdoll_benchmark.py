@@ -3,6 +3,8 @@ r"""Writes drawn street pictures in Market-1501's and DukeMTMC-reID's layouts.
 python data_tools/paperdoll_benchmark.py --out benchmarks_drawn --layout both
 """
 
+import os
+
 from absl import flags
 
 from dppp_jax import cli, errors
@@ -19,6 +21,12 @@ def define_flags():
   number("images_per_camera", 3, "Pictures of one identity before one camera.")
   number("distractors", 60, "Gallery pictures of nobody that is asked for.")
   number("seed", 0, "Seed of the drawn world.")
+  flags.DEFINE_integer(
+    "num_processes",
+    min(8, os.cpu_count() or 1),
+    "Processes that draw; 0 draws in this one.",
+    lower_bound=0,
+  )
   flags.DEFINE_list("size", ["96", "48"], "Height and width, pixels.")
 
 
@@ -43,6 +51,7 @@ def main(args) -> None:
       distractors=args.distractors,
       seed=args.seed,
       size=(height, width),
+      num_processes=args.num_processes,
     )
     print(folder)
 

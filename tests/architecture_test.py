@@ -20,6 +20,7 @@ _FLOORS = {
   "devices": 1,
   "logs": 1,
   "interrupts": 1,
+  "workers": 1,
   "data": 2,
   "checkpoints": 2,
   "models": 2,

@@ -400,7 +400,9 @@ def test_written_benchmark_is_whole_repeatable_and_never_overwritten(tmp_path):
   sizes = dict(train_ids=1, test_ids=2, images_per_camera=2, distractors=3)
   for layout in benchmark.FOLDERS:
     first = benchmark.write(layout, tmp_path / "a", seed=4, **sizes)
-    second = benchmark.write(layout, tmp_path / "b", seed=4, **sizes)
+    second = benchmark.write(
+      layout, tmp_path / "b", seed=4, num_processes=2, **sizes
+    )
     assert first.name == benchmark.FOLDERS[layout]
     held = _tree(first)
     planned = {p.path for p in benchmark.plan(layout, seed=4, **sizes)}

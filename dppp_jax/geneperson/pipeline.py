@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from dppp_jax import errors, interrupts, logs
+from dppp_jax import errors, interrupts, logs, workers
 from dppp_jax.data import images
-from dppp_jax.geneperson import dataset, manifest, watch, workers
+from dppp_jax.geneperson import dataset, manifest, watch
 from dppp_jax.geneperson import identity as identity_lib
 from dppp_jax.geneperson import store as store_lib
 
@@ -159,8 +159,11 @@ def run(
         pids = itertools.takewhile(lambda _: not stopped(), store.todo)
         people = maker.people(pids)
       else:
-        people = workers.make(
-          maker, store.todo, stopped=stopped, num_processes=num_processes
+        people = workers.each(
+          functools.partial(_make, maker),
+          store.todo,
+          num_processes=num_processes,
+          stopped=stopped,
         )
       unit = maker.unit if is_batch else "people"
       with watch.Progress(
@@ -228,6 +231,11 @@ def _whole_config(
   """Returns what the store compares."""
   own = {"source": source, "seed": seed, "cap": cap, "quality": quality}
   return {**config, **own}
+
+
+def _make(maker: identity_lib.MakeIdentity, pid: int) -> Identity:
+  made = maker(pid)
+  return made if isinstance(made, Identity) else Identity(list(made))
 
 
 def _encoded(

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
 
 import numpy as np
 
-from dppp_jax import errors, logs
+from dppp_jax import errors, logs, workers
 from dppp_jax.data import images
 from dppp_jax.paperdoll import cameras, world
 
@@ -120,6 +121,7 @@ def write(
   distractors: int = 0,
   seed: int = 0,
   size: tuple[int, int] = (96, 48),
+  num_processes: int = 0,
 ) -> pathlib.Path:
   """Draws and writes a benchmark.
 
@@ -135,6 +137,7 @@ def write(
     distractors: number of pictures.
     seed: of the world; file bytes are a function of it and of the sizes.
     size: (height, width), pixels.
+    num_processes: that draw side by side; 0 draws in this one.
 
   Returns:
     The benchmark's folder, e.g. out/Market-1501-v15.09.15.
@@ -160,14 +163,12 @@ def write(
       " another --out"
     ) from error
   try:
-    for picture in logs.progress(pictures, desc=layout, unit="image"):
-      drawn = world.street(
-        picture.person, picture.camera, picture.frame, benchmark=layout,
-        seed=seed, size=size, crop=picture.crop,
-      )  # fmt: skip
-      quality = cameras.SETS[layout][picture.camera - 1].quality
-      data = images.encode_jpeg(drawn, quality=quality)
-      (scratch / picture.path).write_bytes(data)
+    draw = functools.partial(_draw, layout=layout, seed=seed, size=size)
+    drawn = workers.each(draw, pictures, num_processes=num_processes)
+    with logs.progress(total=len(pictures), desc=layout, unit="image") as bar:
+      for picture, data in drawn:
+        (scratch / picture.path).write_bytes(data)
+        bar.update()
     # An empty folder that appeared meanwhile would be replaced in silence.
     refuse_existing(out, [layout])
     scratch.rename(target)
@@ -186,6 +187,18 @@ def refuse_existing(out: str | pathlib.Path, layouts: Sequence[str]) -> None:
         f"{target}: is there already and is not overwritten; remove it or"
         " choose another --out"
       )
+
+
+def _draw(
+  picture: Picture, *, layout: str, seed: int, size: tuple[int, int]
+) -> bytes:
+  """Returns a picture as its camera writes it, JPEG."""
+  drawn = world.street(
+    picture.person, picture.camera, picture.frame, benchmark=layout,
+    seed=seed, size=size, crop=picture.crop,
+  )  # fmt: skip
+  quality = cameras.SETS[layout][picture.camera - 1].quality
+  return images.encode_jpeg(drawn, quality=quality)
 
 
 def _distractors(

@@ -1,4 +1,4 @@
-"""Processes that make people one by one, deaf to signals and mortal."""
+"""Processes that work through a list, deaf to signals and mortal."""
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
@@ -10,66 +10,62 @@ import os
 import signal
 import threading
 import time
+from typing import TypeVar
 
 from dppp_jax import errors
-from dppp_jax.geneperson import identity
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
-def make(
-  make_identity: identity.MakeIdentity,
-  pids: Sequence[int],
+def each(
+  function: Callable[[Item], Made],
+  items: Sequence[Item],
   *,
-  stopped: Callable[[], bool],
   num_processes: int,
-) -> Iterator[tuple[int, identity.Identity]]:
-  """Yields (pid, identity) in the order of the pids, until stopped.
+  stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Item, Made]]:
+  """Yields (item, function(item)) in the order of the items, until stopped.
 
   Args:
-    make_identity: a pure function of the pid; pickled for other processes.
-    pids: who is to be made.
+    function: pure; pickled for other processes, as are items and results.
+    items: what to work through.
+    num_processes: that work side by side; 0 is this one alone.
     stopped: whether to begin no more.
-    num_processes: 0 makes them in this one.
 
   Raises:
     errors.UserError: a process died.
   """
   if not num_processes:
-    for pid in pids:
+    for item in items:
       if stopped():
         return
-      yield pid, _call(make_identity, pid)
+      yield item, function(item)
     return
-  left, begun = iter(pids), collections.deque()
+  left, begun = iter(items), collections.deque()
   with futures.ProcessPoolExecutor(
-    min(num_processes, max(1, len(pids))),
+    min(num_processes, max(1, len(items))),
     # A fork of a process with threads may hang.
     mp_context=multiprocessing.get_context("spawn"),
     initializer=_in_worker,
   ) as pool:
     with _deaf():  # Each of the first submissions starts a process.
-      for pid in itertools.islice(left, num_processes):
-        begun.append((pid, pool.submit(_call, make_identity, pid)))
+      for item in itertools.islice(left, num_processes):
+        begun.append((item, pool.submit(function, item)))
     while not stopped():
-      for pid in itertools.islice(left, 2 * num_processes - len(begun)):
-        begun.append((pid, pool.submit(_call, make_identity, pid)))
+      for item in itertools.islice(left, 2 * num_processes - len(begun)):
+        begun.append((item, pool.submit(function, item)))
       if not begun:
         break
-      pid, future = begun.popleft()
+      item, future = begun.popleft()
       try:
-        yield pid, future.result()
+        yield item, future.result()
       except futures.process.BrokenProcessPool as error:
         raise errors.UserError(
-          f"a process that makes people died at pid {pid} (out of memory?):"
-          " run again with fewer --num_processes"
+          f"a process died at {item} (out of memory?): run again with fewer"
+          " --num_processes"
         ) from error
     pool.shutdown(cancel_futures=True)
-
-
-def _call(make_identity: identity.MakeIdentity, pid: int) -> identity.Identity:
-  made = make_identity(pid)
-  if isinstance(made, identity.Identity):
-    return made
-  return identity.Identity(list(made))
 
 
 @contextlib.contextmanager
