@@ -18,7 +18,7 @@ import cv2
 import matplotlib.figure
 import numpy as np
 
-from dppp_jax import cli, errors, generation, logs
+from dppp_jax import cli, devices, errors, generation, logs
 from dppp_jax.data import benchmarks, shards
 from dppp_jax.evals import benchmark as benchmark_lib
 from dppp_jax.evals import domains, extractor, figures, report
@@ -61,6 +61,9 @@ def main(
   begin = time.monotonic()
   # The drawn benchmarks have other counts than the published ones, by intent.
   logging.set_verbosity(logging.ERROR)
+  if preset == "mini":  # Before JAX looks: the report runs the same programs.
+    shared = _generation(preset)["run"]
+    devices.share(shared["devices"], batch_size=shared["batch_size"])
   drawn = folder / "benchmarks"
   if not drawn.exists():
     call("data_tools/paperdoll_benchmark.py", out=drawn, layout="both")
@@ -91,17 +94,6 @@ def main(
       }
     )
     first = first or (models, evaluations)
-  seconds = time.monotonic() - begin
-  results = {
-    "note": DRAWN,
-    "people": preset,
-    "seeds": num_seeds,
-    "seconds": round(seconds, 1),
-    "scores": scores,
-    "networks": networks(),
-    "environment": run.environment(),
-  }
-  run.write_json(folder / "results.json", results)
   header, rows = table(scores)
   print(as_text(header, rows))
   print(DRAWN)
@@ -116,6 +108,17 @@ def main(
     subtitle=DRAWN,
     overwrite=True,
   )
+  seconds = time.monotonic() - begin
+  results = {
+    "note": DRAWN,
+    "people": preset,
+    "seeds": num_seeds,
+    "seconds": round(seconds, 1),
+    "scores": scores,
+    "networks": networks(),
+    "environment": run.environment(),
+  }
+  run.write_json(folder / "results.json", results)
   print(f"{seconds / 60:.1f} minutes; the whole story in pictures: {path}")
   return path
 
@@ -194,6 +197,12 @@ def _evaluate(workdir, drawn):
   return models, evaluations
 
 
+def _generation(preset: str) -> dict[str, Any]:
+  """Returns the configuration by which people were generated."""
+  config = cli.load_config(f"geneperson.py:{preset}").to_dict()
+  return config | {"num_identities": PEOPLE}
+
+
 def _people(data_dir: pathlib.Path, preset: str) -> list[report.Section]:
   """Returns who was invented, how, and what was thrown away."""
   source = shards.load(data_dir)
@@ -217,8 +226,7 @@ def _people(data_dir: pathlib.Path, preset: str) -> list[report.Section]:
   )
   if preset != "mini":
     return [first]
-  config = cli.load_config(f"geneperson.py:{preset}").to_dict()
-  config["num_identities"] = PEOPLE
+  config = _generation(preset)
   maker = generation.build(config, data_dir=data_dir, is_needed=True).maker
   return [first, _story(maker, range(_TOLD))]
 
@@ -231,7 +239,7 @@ def _story(maker: maker_lib.Maker, pids: Sequence[int]) -> report.Section:
     " cells, and the cells before generated places; white where a cell was"
     " thrown away."
   )
-  for person in map(maker.steps, pids):
+  for person in maker.steps(pids):
     blank = np.full_like(person.cells[0], 255)
     fused = [person.pictures.get(i, blank) for i in range(len(person.cells))]
     panels = [

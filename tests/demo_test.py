@@ -18,7 +18,10 @@ class _Maker:
 
   layout = _LAYOUT
 
-  def steps(self, pid):
+  def steps(self, pids):
+    return map(self._steps, pids)
+
+  def _steps(self, pid):
     rng = np.random.default_rng(pid)
     draw = lambda *shape: rng.integers(0, 256, shape, np.uint8)
     cells = draw(6, 96, 48, 3)
@@ -43,7 +46,7 @@ def test_the_story_shows_skeletons_canvas_mattes_and_pictures():
   for pid, text in zip((4, 7), pictures, strict=True):
     data = np.frombuffer(base64.b64decode(text), np.uint8)
     shown = cv2.imdecode(data, cv2.IMREAD_COLOR)[::2, ::2, ::-1]
-    person = _Maker().steps(pid)
+    (person,) = _Maker().steps([pid])
     skeletons, drawn, mattes, fused = np.split(shown, 4, axis=1)
     np.testing.assert_array_equal(skeletons, person.plan.skeletons)
     np.testing.assert_array_equal(drawn, person.canvas)

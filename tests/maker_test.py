@@ -259,7 +259,10 @@ def test_a_person_depends_on_nobody_else(studio, tmp_path):
 
 def test_steps_show_what_became_of_every_cell(studio, tmp_path):
   made = _maker(studio, tmp_path, is_prepared=False)
-  found = made.steps(3)  # As in a process that did not make the dataset.
+  # As in a process that did not make the dataset.
+  other, found = made.steps([0, 3])
+  assert other.plan.prompt == studio.people[0].prompt()
+  np.testing.assert_array_equal(other.cells, _cells(0)[0])
   (_, person), *_ = made.people([3])
   cells, alpha, _ = _cells(3)
   assert found.plan.prompt == studio.people[3].prompt()

@@ -197,16 +197,18 @@ class Maker:
           for plan, job in zip(plans, judged, strict=True):
             yield plan.person.pid, job.result()[0]
 
-  def steps(self, pid: int) -> Steps:
-    """Makes a person, once more perhaps, to show how."""
+  def steps(self, pids: Iterable[int]) -> Iterator[Steps]:
+    """Makes people, once more perhaps, to show how they come about."""
     self.prepare(stopped=lambda: False)
     with futures.ThreadPoolExecutor(1) as threads, _memory(self._batch_size):
-      (plan,), *found = self._begin([pid], threads)
-      canvas, alpha, peak = (np.asarray(x)[0] for x in found)
-    person, reasons = self._judge(plan, canvas, alpha, peak)
-    cells = canvas_lib.cut(canvas, self.layout)
-    pictures = {x["cell"]: x["image"]() for x in person.records}
-    return Steps(plan, canvas, cells, alpha, reasons, pictures)
+      for some in backgrounds.batched(pids, self._batch_size):
+        plans, *found = self._begin(some, threads)
+        found = [np.asarray(x) for x in found]
+        for plan, canvas, alpha, peak in zip(plans, *found, strict=False):
+          person, reasons = self._judge(plan, canvas, alpha, peak)
+          cells = canvas_lib.cut(canvas, self.layout)
+          pictures = {x["cell"]: x["image"]() for x in person.records}
+          yield Steps(plan, canvas, cells, alpha, reasons, pictures)
 
   def plan(self, pid: int) -> Plan:
     """Returns what the canvas of a person is drawn from."""
