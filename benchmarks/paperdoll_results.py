@@ -6,7 +6,7 @@ Trains what Tables III to VI of the paper compare (DPPP, arXiv version), each on
 as many people and with as many steps, three times: other people, other draws.
 Every training is a command of launch/, is printed, and is resumed where it was
 stopped. The run folder may be the demo's, whose people are the same; the demo
-trains PTL half as long and at higher rates. Each score goes into
+trains half as long and at higher rates. Each score goes into
 docs/paperdoll_results.json at once, and is not measured again while the shipped
 networks are the same, on whatever machine. When all are there, writes
 paperdoll_results.md, and paperdoll_distances.png (Fig. 6) where the run folder
@@ -172,10 +172,14 @@ def prepare(root: pathlib.Path, seed: int) -> None:
     )
 
 
+def _folder(root: pathlib.Path, seed: int, name: str) -> pathlib.Path:
+  return root / f"seed{seed}" / f"run_{name}"
+
+
 def train(root: pathlib.Path, seed: int, name: str) -> pathlib.Path:
   """Trains a run, or goes on with it; returns its folder."""
   run, here = RUNS[name], root / f"seed{seed}"
-  workdir = here / f"run_{name}"
+  workdir = _folder(root, seed, name)
   places = {"generated": here / "data", "rendered": here / "rendered"}
   flags = {"config.train.seed": 1234 + seed}
   if run.source in _NAMES:
@@ -311,7 +315,7 @@ def _draw_distances(root: pathlib.Path, path: pathlib.Path) -> None:
     "frozen mini CLIP": extractor.load_extractor(
       demo.MINI_CLIP, image_size=(96, 48)
     ),
-    "PTL + PSD": extractor.load_extractor(root / "seed0" / "run_e"),
+    "PTL + PSD": extractor.load_extractor(_folder(root, 0, "e")),
   }
   data = benchmarks.load(_NAMES[0], root / "benchmarks", allow_partial=True)
   source = shards.load(root / "seed0" / "data")
@@ -342,7 +346,7 @@ def main() -> None:
         "scores": scores,
       }
       run_lib.write_json(_JSON, results)
-  if (root / "seed0" / "run_e").exists():
+  if _folder(root, 0, "e").exists():
     _draw_distances(root, _DOCS / "paperdoll_distances.png")
   text = page(json.loads(_JSON.read_text()))
   (_DOCS / "paperdoll_results.md").write_text(text)

@@ -43,12 +43,13 @@ def each(
       yield item, function(item)
     return
   left, begun = iter(items), collections.deque()
-  with futures.ProcessPoolExecutor(
+  pool = futures.ProcessPoolExecutor(
     min(num_processes, max(1, len(items))),
     # A fork of a process with threads may hang.
     mp_context=multiprocessing.get_context("spawn"),
     initializer=_in_worker,
-  ) as pool:
+  )
+  try:
     with _deaf():  # Each of the first submissions starts a process.
       for item in itertools.islice(left, num_processes):
         begun.append((item, pool.submit(function, item)))
@@ -58,13 +59,13 @@ def each(
       if not begun:
         break
       item, future = begun.popleft()
-      try:
-        yield item, future.result()
-      except futures.process.BrokenProcessPool as error:
-        raise errors.UserError(
-          f"a process died at {item} (out of memory?): run again with fewer"
-          " --num_processes"
-        ) from error
+      yield item, future.result()
+  except futures.process.BrokenProcessPool as error:
+    raise errors.UserError(
+      f"a process died at {item} (out of memory?): run again with fewer"
+      " processes"
+    ) from error
+  finally:  # Also where Ctrl-C ends it: what has not begun need not.
     pool.shutdown(cancel_futures=True)
 
 

@@ -1,11 +1,9 @@
 """Many studio canvases, drawn by several processes, kept on disk."""
 
 from collections.abc import Iterator, Mapping
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import pathlib
 import shutil
 import tempfile
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dppp_jax import logs
+from dppp_jax import logs, workers
 from dppp_jax.geneperson import canvas, poses, prompts, vocabulary
 from dppp_jax.paperdoll import (
   bags,
@@ -169,20 +167,11 @@ def _write(folder, num, choice, processes) -> None:
   ]
   records = []
   with logs.progress(total=num, desc="drawing canvases", unit="canvas") as bar:
-    for part in _mapped(tasks, processes):
+    beside = processes if processes > 1 and len(tasks) > 1 else 0
+    for _, part in workers.each(_draw, tasks, num_processes=beside):
       records += part
       bar.update(len(part))
   (folder / "records.json").write_text(json.dumps(records))
-
-
-def _mapped(tasks, processes):
-  if processes <= 1 or len(tasks) == 1:
-    yield from map(_draw, tasks)
-    return
-  # Spawned, not forked: the parent may hold threads of JAX.
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-    yield from pool.map(_draw, tasks)
 
 
 def _draw(task) -> list[dict[str, Any]]:

@@ -1,16 +1,14 @@
 """Pictures of many different people with their captions, kept on disk."""
 
 from collections.abc import Mapping
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import pathlib
 
 import numpy as np
 
-from dppp_jax import logs
+from dppp_jax import logs, workers
 from dppp_jax.geneperson import poses
 from dppp_jax.paperdoll import cameras, world
 
@@ -68,13 +66,8 @@ def draw(
     for start in range(0, num, _CHUNK)
   ]
   parts = []
-  # Spawned, not forked: the parent may hold threads of JAX.
-  context = multiprocessing.get_context("spawn")
-  with (
-    concurrent.futures.ProcessPoolExecutor(processes, context) as pool,
-    logs.progress(total=num, desc="drawing people", unit="image") as bar,
-  ):
-    for part in pool.map(_draw, tasks):
+  with logs.progress(total=num, desc="drawing people", unit="image") as bar:
+    for _, part in workers.each(_draw, tasks, num_processes=processes):
       parts.append(part)
       bar.update(len(part[0]))
   images = np.concatenate([part[0] for part in parts])
