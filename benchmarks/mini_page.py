@@ -30,10 +30,11 @@ _READ = """
 
 {num} prompts with new people of the kinds that training saw (`held out`), and
 {num} whose clothes are combined as nobody's were in training (`new`), each with
-six skeletons; {steps} steps, guidance {guidance}, seed {seed}. The same readers
-are put to the canvases that the renderer draws for the same prompts: what they
-say of `drawn` is the best they can say. Shorts and skirts below a coat, which
-hides them but for a strip of a few pixels, are not asked for.
+six skeletons; {steps} steps ({spacing}), guidance {guidance}, seed {seed}. The
+same readers are put to the canvases that the renderer draws for the same
+prompts: what they say of `drawn` is the best they can say. Shorts and skirts
+below a coat, which hides them but for a strip of a few pixels, are not asked
+for.
 
 - *by CLIP*: zero-shot class of the six cells' mean feature, by the mini CLIP,
   which has seen drawn canvases and studio people, none of them these.

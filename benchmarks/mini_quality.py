@@ -14,6 +14,7 @@ mini_page.py, docs/mini.md.
 
 import argparse
 from collections.abc import Mapping
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -50,7 +51,9 @@ class Stage:
       clip/ and, for `merged`, loras/.
 
   Attributes:
-    settings: "steps" and "guidance", of configs/geneperson.py:mini.
+    settings: "steps" and "guidance", of configs/geneperson.py:mini, whose
+      sampler and spacing hold, too.
+    spacing: where the steps lie.
     encoder: of the CLIP.
   """
 
@@ -64,6 +67,9 @@ class Stage:
       scheduler=sampler.scheduler or None,
       k_diffusion=sampler.k_diffusion,
     )
+    self.spacing = sampler.spacing or parts.scheduler.timestep_spacing
+    steps = dataclasses.replace(parts.scheduler, timestep_spacing=self.spacing)
+    parts = dataclasses.replace(parts, scheduler=steps)
     self._assets, self._params = assets, parts.params
     self._sampler = sampler_lib.Sampler(
       parts, devices=devices.share(0, batch_size=_BATCH)
@@ -223,7 +229,8 @@ def main() -> None:
   )
   colours = readback.Colours(draw(_TAUGHT, seed=_SEED + 1))
   stage = Stage(assets)
-  results: dict[str, Any] = {"seed": _SEED, "num": args.num, **stage.settings}
+  asked = {"seed": _SEED, "num": args.num, "spacing": stage.spacing}
+  results: dict[str, Any] = asked | stage.settings
   for split in ("held_out", "new"):
     drawn = draw(args.num, seed=_SEED, split=split)
     reading = lambda images, mattes, drawn=drawn: read(

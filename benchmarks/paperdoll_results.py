@@ -1,12 +1,12 @@
 """The tables of the DPPP paper, in small, on the paper-doll world.
 
-    python benchmarks/paperdoll_results.py [--seeds 3] [--workdir runs/demo]
+    python benchmarks/paperdoll_results.py [--seeds 3] [--workdir runs/tables]
 
 Trains what Tables III to VI of the paper compare (DPPP, arXiv version), each on
 as many people and with as many steps, three times: other people, other draws.
 Every training is a command of launch/, is printed, and is resumed where it was
-stopped. The run folder may be the demo's, whose people are the same; the demo
-trains half as long and at higher rates. Each score goes into
+stopped. They are not the demo's, which is in haste: it draws with fewer steps,
+and trains half as long at higher rates. Each score goes into
 docs/paperdoll_results.json at once, and is not measured again while the shipped
 networks are the same, on whatever machine. When all are there, writes
 paperdoll_results.md, and paperdoll_distances.png (Fig. 6) where the run folder
@@ -75,7 +75,8 @@ RUNS = {
   "market1501": Run(source="market1501"),
   "dukemtmcreid": Run(source="dukemtmcreid"),
 }
-# Of all runs; configs/dppp.py:mini is in haste, for the demo.
+# Of all people and runs; the :mini of both configurations are in haste.
+SAMPLER = {"steps": 12, "spacing": "trailing"}
 RECIPE = {
   "ptl_epochs": 60,
   "psd_epochs": 60,
@@ -160,15 +161,17 @@ def prepare(root: pathlib.Path, seed: int) -> None:
   drawn = root / "benchmarks"
   if not drawn.exists():
     demo.call("data_tools/paperdoll_benchmark.py", out=drawn, layout="both")
-  for preset, name in (("mini", "data"), ("paperdoll", "rendered")):
+  sampler = {f"config.sampler.{k}": value for k, value in SAMPLER.items()}
+  for preset, name, options in (
+    ("mini", "data", sampler),
+    ("paperdoll", "rendered", {"config.cells": _VIEWS}),
+  ):
     size = {"config.num_identities": demo.PEOPLE, "config.cap": _VIEWS}
-    if preset == "paperdoll":
-      size["config.cells"] = _VIEWS
     demo.call(
       "launch/generate.py",
       f"--config=configs/geneperson.py:{preset}",
       data_dir=root / f"seed{seed}" / name,
-      **{"config.seed": seed, **size},
+      **{"config.seed": seed, **size, **options},
     )
 
 
@@ -244,10 +247,10 @@ def page(results: Mapping[str, Any]) -> str:
     "Written by `python benchmarks/paperdoll_results.py`; mean and standard"
     f" deviation of {len(whole)} seeds, in percent. **Everything is drawn, or"
     " made by networks that saw drawings.** Generated and rendered people:"
-    f" {results['people']} with {results['views']} pictures at most; stages of"
-    f" {RECIPE['ptl_epochs']} epochs. The last column is what the paper reports"
-    " on Market-1501 with photographs, for the order of its rows and nothing"
-    " else.\n",
+    f" {results['people']} with {results['views']} pictures at most, generated"
+    f" in {SAMPLER['steps']} steps; stages of {RECIPE['ptl_epochs']} epochs."
+    " The last column is what the paper reports on Market-1501 with"
+    " photographs, for the order of its rows and nothing else.\n",
   ]
   header = ["", "Market Rank-1", "mAP", "Duke Rank-1", "mAP", "paper Rank-1"]
   for title, rows in TABLES:
@@ -327,7 +330,7 @@ def main() -> None:
   """Trains what is missing, then writes the page."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--seeds", type=int, default=3)
-  parser.add_argument("--workdir", default=str(cli.ROOT / "runs/demo"))
+  parser.add_argument("--workdir", default=str(cli.ROOT / "runs/tables"))
   args = parser.parse_args()
   root = pathlib.Path(args.workdir).absolute()
   networks = demo.networks()

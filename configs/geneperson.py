@@ -99,6 +99,7 @@ def _paper() -> ml_collections.ConfigDict:
   sampler.scheduler = "euler_ancestral"  # The paper's "Euler a" ...
   sampler.k_diffusion = True  # ... with the steps of the tools of that name.
   sampler.karras = False
+  sampler.spacing = ""  # leading, trailing, linspace, quadratic; the folder's.
   sampler.steps = 30
   sampler.guidance = 7.0
   sampler.guidance_rescale = 0.0
@@ -161,9 +162,10 @@ def _mini() -> ml_collections.ConfigDict:
   config.prompt.vocabulary = f"{_MINI}/vocabulary.json"
   config.prompt.negative = ""
   config.prompt.long = "error"
-  config.sampler.scheduler = "dpmpp_2m"  # Needs few steps. Where they lie, the
-  config.sampler.k_diffusion = False  # folder says, which it was trained for.
-  config.sampler.steps = 12
+  config.sampler.scheduler = "dpmpp_2m"  # Needs few steps,
+  config.sampler.k_diffusion = False
+  config.sampler.spacing = "quadratic"  # and of these 8 for the folder's 12.
+  config.sampler.steps = 8
   config.sampler.guidance = 2.0
   config.backgrounds.count = 5
   config.backgrounds.template = lexicon.BACKGROUND

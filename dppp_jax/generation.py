@@ -61,14 +61,12 @@ def build(
   config: Mapping[str, Any],
   *,
   data_dir: str | os.PathLike,
-  is_needed: bool = False,
 ) -> Work:
   """Builds the maker that a configuration names.
 
   Args:
     config: of configs/geneperson.py, as nested dicts.
     data_dir: beside whose dataset the backgrounds are kept.
-    is_needed: read the networks even where the dataset is finished.
 
   Raises:
     errors.UserError: a value without meaning, or a network that is missing,
@@ -88,13 +86,11 @@ def build(
   pipeline.check_positive(
     num_identities=config["num_identities"], cap=config["cap"]
   )
-  return makers[config["maker"]](config, pathlib.Path(data_dir), is_needed)
+  return makers[config["maker"]](config, pathlib.Path(data_dir))
 
 
-def _paperdoll(
-  config: dict[str, Any], data_dir: pathlib.Path, is_needed: bool
-) -> Work:
-  del data_dir, is_needed
+def _paperdoll(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
+  del data_dir
   pipeline.check_positive(cells=config["cells"])
   make_identity = functools.partial(
     world.make_identity,
@@ -117,9 +113,7 @@ def _options(config: dict[str, Any], source: str) -> dict[str, Any]:
   return options | {"source": source, "config": config}
 
 
-def _diffusion(
-  config: dict[str, Any], data_dir: pathlib.Path, is_needed: bool
-) -> Work:
+def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   checks.numbers(config)
   grid, run, text = config["canvas"], config["run"], config["prompt"]
   layout = canvas.Layout(
@@ -159,7 +153,7 @@ def _diffusion(
   told["vocabulary"] = words.digest
   told["poses"]["bank"] = bank.digest
   options = _options(dict(told), _SOURCE)
-  if not is_needed and pipeline.is_finished(data_dir, **options):
+  if pipeline.is_finished(data_dir, **options):
     return Work(_nobody, options)
   networks = networks_lib.load(config, places, dtypes)
   sampler = sampler_lib.Sampler(
@@ -404,4 +398,6 @@ def _told(
     ("poses", "openpose"),
   ):
     told[group] = {k: v for k, v in told[group].items() if k != key}
+  if not told["sampler"]["spacing"]:  # As datasets from before it was a key.
+    del told["sampler"]["spacing"]
   return told

@@ -478,6 +478,18 @@ def test_a_folders_own_karras_sigmas_hold(places, tmp_path):
     assert networks.base(config, found).scheduler.karras == holds
 
 
+def test_spacing_is_the_folders_own_or_as_asked_for(places):
+  config, found = _config(places)
+  config["sampler"] |= {"scheduler": "dpmpp_2m", "k_diffusion": False}
+  spacing = lambda: networks.base(config, found).scheduler.timestep_spacing
+  own = spacing()
+  config["sampler"]["spacing"] = "quadratic"
+  assert spacing() == "quadratic" != own
+  config["sampler"]["k_diffusion"] = True
+  with pytest.raises(errors.UserError, match=r"spacing=quadratic.*k_diffusion"):
+    spacing()
+
+
 @pytest.mark.parametrize(
   ("flag", "message"),
   [

@@ -203,10 +203,9 @@ def test_the_manifest_tells_counts_reasons_seeds_and_prompts(studio, tmp_path):
   assert told["prompts"]["4"] == studio.people[4].prompt()
   assert {"jax", "flax"} <= told["versions"].keys()
   assert (outcome.folder / "contact_sheet-000000.png").exists()
-  # The raw canvas of the first person.
-  sheet = images.decode(
-    (outcome.folder / "canvases-000000.jpg").read_bytes(), name=""
-  )
+  (sheet,) = outcome.folder.glob("steps-*.jpg")
+  assert sheet.name == "steps-000000.jpg"
+  _, sheet, _, _ = np.split(images.decode(sheet.read_bytes(), name=""), 4, 1)
   want = canvas.join(_cells(0)[0], LAYOUT)
   assert np.abs(sheet.astype(int) - want).mean() < 4
 
@@ -257,24 +256,29 @@ def test_a_person_depends_on_nobody_else(studio, tmp_path):
       np.testing.assert_array_equal(one["image"](), other["image"]())
 
 
-def test_steps_show_what_became_of_every_cell(studio, tmp_path):
-  made = _maker(studio, tmp_path, is_prepared=False)
-  # As in a process that did not make the dataset.
-  other, found = made.steps([0, 3])
-  assert other.plan.prompt == studio.people[0].prompt()
-  np.testing.assert_array_equal(other.cells, _cells(0)[0])
+def test_steps_show_skeletons_canvas_mattes_and_pictures(studio, tmp_path):
+  made = _maker(studio, tmp_path)
   (_, person), *_ = made.people([3])
   cells, alpha, _ = _cells(3)
-  assert found.plan.prompt == studio.people[3].prompt()
-  assert tuple(found.reasons) == FATES
-  np.testing.assert_array_equal(found.cells, cells)
-  np.testing.assert_array_equal(found.alpha, alpha)
-  np.testing.assert_array_equal(canvas.cut(found.canvas, LAYOUT), cells)
-  assert list(found.pictures) == [0, 5]
+  skeletons, drawn, mattes, fused = np.split(person.steps(), 4, axis=1)
+  np.testing.assert_array_equal(skeletons, made.plan(3).skeletons)
+  np.testing.assert_array_equal(canvas.cut(drawn, LAYOUT), cells)
+  for channel in np.moveaxis(canvas.cut(mattes, LAYOUT), -1, 0):
+    np.testing.assert_array_equal(channel, alpha)
+  fused = canvas.cut(fused, LAYOUT)
+  assert [(x == 255).all() for x in fused] == [bool(x) for x in FATES]
   for record in person.records:
-    np.testing.assert_array_equal(
-      found.pictures[record["cell"]], record["image"]()
-    )
+    np.testing.assert_array_equal(fused[record["cell"]], record["image"]())
+
+
+def test_steps_show_pictures_at_the_size_of_cells(studio, tmp_path):
+  made = _maker(studio, tmp_path, image_size=(48, 24))
+  ((_, person),) = made.people([0])
+  assert person.records[0]["image"]().shape == (48, 24, 3)
+  *_, fused = np.split(person.steps(), 4, axis=1)
+  first = canvas.cut(fused, LAYOUT)[0]
+  want = images.resize(person.records[0]["image"](), CELL)
+  np.testing.assert_array_equal(first, want)
 
 
 def test_rules_and_the_skeleton(studio, tmp_path):

@@ -61,7 +61,7 @@ def test_the_mini_page_shows_bars_and_what_a_reader_can_say():
   }  # fmt: skip
   lora = {"without": 1.0, "with": 2.0, "wanted": 3.0}
   results = {
-    "num": 8, "steps": 20, "guidance": 3.0, "seed": 1,
+    "num": 8, "steps": 20, "spacing": "even", "guidance": 3.0, "seed": 1,
     "held_out": {
       "generated": reading(0.75) | {"pose_iou_without_controlnet": 0.25},
       "drawn": reading(0.875),

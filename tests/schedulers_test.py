@@ -5,6 +5,7 @@ network is a fixed mixture of what it is fed, so that a wrong scale of the input
 shows too.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -59,7 +60,7 @@ def _oracle(method, **options):
   return CLASSES[method](**options)
 
 
-def _run_oracle(scheduler, num_steps, monkeypatch, eta=0.0):
+def _run_oracle(scheduler, num_steps, monkeypatch, eta=0.0, **where):
   """Returns inputs, outputs and latents of diffusers' loop, step by step."""
   drawn = iter(range(1, 1000))
   monkeypatch.setattr(
@@ -67,7 +68,7 @@ def _run_oracle(scheduler, num_steps, monkeypatch, eta=0.0):
     "randn_tensor",
     lambda *a, **k: torch.from_numpy(_normal(next(drawn))),
   )
-  scheduler.set_timesteps(num_steps)
+  scheduler.set_timesteps(None if where else num_steps, **where)
   scheduler.set_begin_index(0) if hasattr(scheduler, "set_begin_index") else 0
   latents = torch.from_numpy(_normal(0)) * scheduler.init_noise_sigma
   trace = [(None, None, latents.numpy())]
@@ -182,6 +183,29 @@ def test_zero_terminal_snr_follows_diffusers(method, monkeypatch):
   assert np.isfinite(ours[-1]).all()
   # diffusers itself carries sigma 4096 in float32: 4096 / 2^24.
   assert _distance(ours[-1], expected[-1][2]) < 2e-5
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("method", ["euler", "dpmpp_2m"])
+def test_quadratic_spacing_follows_diffusers_at_given_timesteps(
+  method, zero_snr, monkeypatch
+):
+  oracle = _oracle(
+    method,
+    rescale_betas_zero_snr=zero_snr,
+    timestep_spacing="trailing",
+    prediction_type="v_prediction",
+  )
+  # 1000 (i / 8)^2, rounded, less 1.
+  at = [999, 765, 561, 390, 249, 140, 61, 15]
+  expected = _run_oracle(oracle, 8, monkeypatch, timesteps=at)
+  config = schedulers.Config.from_hf(dict(oracle.config), method=method)
+  config = dataclasses.replace(config, timestep_spacing="quadratic")
+  table = schedulers.init(8, config)
+  np.testing.assert_array_equal(table.timesteps, at)
+  # diffusers carries sigma 4096 in float32, and steps from there to 6 here.
+  limit = 5e-5 if zero_snr else 2e-6
+  assert _distance(_run(table)[-1], expected[-1][2]) < limit
 
 
 # 30 steps of SDXL: first timesteps, last ones, first sigmas, last, initial.
@@ -393,6 +417,9 @@ def test_refuses_samplers_that_are_not_built(given, words):
     (1000, {}, "passes timestep"),
     (30, {"prediction_type": "sample"}, "prediction_type"),
     (30, {"timestep_spacing": "even"}, "timestep_spacing"),
+    (45, {"timestep_spacing": "quadratic"}, "timesteps twice"),
+    (8, {"timestep_spacing": "quadratic", "karras": True}, "Karras sigmas"),
+    (8, {"timestep_spacing": "quadratic", "method": "ddim"}, "nor for ddim"),
     (30, {"method": "heun"}, "heun"),
     (30, {"eta": 1.5}, "eta=1.5"),
     (30, {"beta_schedule": "cosine"}, "beta_schedule"),

@@ -7,13 +7,14 @@ where diffusers and torch round them, because a checkpoint has met those.
 from collections.abc import Mapping
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Any, get_args, Literal
 
 import numpy as np
 
 from dppp_jax import errors
 
 Method = Literal["euler_ancestral", "euler", "ddim", "dpmpp_2m"]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 
 _CLASSES: dict[str, Method] = {
   "EulerAncestralDiscreteScheduler": "euler_ancestral",
@@ -65,7 +66,8 @@ class Config:
     beta_start: first beta.
     beta_end: last beta.
     beta_schedule: how the betas lie between.
-    timestep_spacing: where the steps lie.
+    timestep_spacing: where the steps lie; "quadratic", which diffusers does not
+      have, begins at the last timestep and is denser towards the picture.
     steps_offset: added to the timesteps of "leading".
     log_interpolation: interpolate log-sigmas, not sigmas.
     continuous: k-diffusion's conventions where diffusers differs: DPM++ visits
@@ -83,7 +85,7 @@ class Config:
   beta_start: float = 0.00085
   beta_end: float = 0.012
   beta_schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
-  timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+  timestep_spacing: Spacing = "leading"
   steps_offset: int = 1
   log_interpolation: bool = False
   continuous: bool = False
@@ -235,6 +237,15 @@ def _timesteps(num_steps: int, config: Config) -> np.ndarray:
       )
   elif config.timestep_spacing == "trailing":
     at = np.arange(last, 0, -last / num_steps).round() - 1
+  elif config.timestep_spacing == "quadratic":
+    # Song et al. 2021 (DDIM), appendix D.3: tau_i = c i^2; here up to the end.
+    shares = np.arange(num_steps, 0, -1) / num_steps
+    at = (last * shares**2).round() - 1
+    if (np.diff(at) >= 0).any() or at[-1] < 0:
+      raise errors.UserError(
+        f"num_steps={num_steps} with timestep_spacing quadratic visits some"
+        " timesteps twice: take fewer steps or trailing"
+      )
   elif config.method == "ddim" or extra:
     at = np.linspace(0, last - 1, num_steps + extra).round()[::-1]
   else:
@@ -282,10 +293,17 @@ def _check(num_steps: int, config: Config) -> None:
       f"prediction_type {config.prediction_type!r} is not built: use epsilon"
       " or v_prediction"
     )
-  if config.timestep_spacing not in ("leading", "trailing", "linspace"):
+  if config.timestep_spacing not in get_args(Spacing):
     raise errors.UserError(
       f"timestep_spacing {config.timestep_spacing!r} is not known: use"
-      " leading, trailing or linspace"
+      " leading, trailing, linspace or quadratic"
+    )
+  is_quadratic = config.timestep_spacing == "quadratic"
+  if is_quadratic and (config.karras or config.method == "ddim"):
+    raise errors.UserError(
+      "timestep_spacing quadratic is neither for Karras sigmas, which say"
+      " themselves where the steps lie, nor for ddim, whose steps are of one"
+      " length: use euler or dpmpp_2m without Karras sigmas"
     )
   if config.method not in _CLASSES.values():
     raise errors.UserError(

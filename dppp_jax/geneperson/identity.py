@@ -19,14 +19,14 @@ class Identity:
     dropped: number of cells that were thrown away, by reason.
     prompt: that of the canvas; that of the first record by default.
     seed: of the canvas, where there is one.
-    canvas: uint8 [H, W, 3] as it was generated, to look at.
+    steps: draws how the pictures came about, uint8 [h, w, 3], to look at.
   """
 
   records: Sequence[Mapping[str, Any]]
   dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
   prompt: str = ""
   seed: int | None = None
-  canvas: np.ndarray | None = None
+  steps: Callable[[], np.ndarray] | None = None
 
 
 MakeIdentity = Callable[[int], Identity | Iterable[Mapping[str, Any]]]

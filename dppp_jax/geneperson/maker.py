@@ -12,7 +12,7 @@ host waits for the one before, judges its cells and hands them on; pictures are
 fused by whoever encodes them, after the cap.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import functools
@@ -82,26 +82,6 @@ class Plan(NamedTuple):
   chosen: tuple[pose_bank.Pose, ...]
   figures: tuple[poses.Keypoints, ...]
   skeletons: np.ndarray
-
-
-class Steps(NamedTuple):
-  """All that lies between the prompt of a person and their pictures.
-
-  Attributes:
-    plan: what was asked.
-    canvas: uint8 [H, W, 3], what was drawn.
-    cells: uint8 [N, h, w, 3].
-    alpha: uint8 [N, h, w].
-    reasons: why a cell was thrown away, or None.
-    pictures: uint8 [h, w, 3] of the cells that were kept, by number.
-  """
-
-  plan: Plan
-  canvas: np.ndarray
-  cells: np.ndarray
-  alpha: np.ndarray
-  reasons: list[quality.Reason | None]
-  pictures: dict[int, np.ndarray]
 
 
 class Maker:
@@ -195,20 +175,7 @@ class Maker:
             for plan, *one in zip(plans, canvases, alpha, peak, strict=False)
           ]
           for plan, job in zip(plans, judged, strict=True):
-            yield plan.person.pid, job.result()[0]
-
-  def steps(self, pids: Iterable[int]) -> Iterator[Steps]:
-    """Makes people, once more perhaps, to show how they come about."""
-    self.prepare(stopped=lambda: False)
-    with futures.ThreadPoolExecutor(1) as threads, _memory(self._batch_size):
-      for some in backgrounds.batched(pids, self._batch_size):
-        plans, *found = self._begin(some, threads)
-        found = [np.asarray(x) for x in found]
-        for plan, canvas, alpha, peak in zip(plans, *found, strict=False):
-          person, reasons = self._judge(plan, canvas, alpha, peak)
-          cells = canvas_lib.cut(canvas, self.layout)
-          pictures = {x["cell"]: x["image"]() for x in person.records}
-          yield Steps(plan, canvas, cells, alpha, reasons, pictures)
+            yield plan.person.pid, job.result()
 
   def plan(self, pid: int) -> Plan:
     """Returns what the canvas of a person is drawn from."""
@@ -249,8 +216,8 @@ class Maker:
 
   def _judge(
     self, plan: Plan, canvas: np.ndarray, alpha: np.ndarray, peak: np.ndarray
-  ) -> tuple[identity.Identity, list[quality.Reason | None]]:
-    """Cuts a canvas, throws away what breaks a rule, and says which."""
+  ) -> identity.Identity:
+    """Cuts a canvas, and throws away what breaks a rule."""
     cells = canvas_lib.cut(canvas, self.layout)
     reasons = quality.judge(
       cells, alpha, peak=peak, skeletons=plan.figures, rules=self._rules
@@ -260,11 +227,11 @@ class Maker:
       if reason is not None:
         dropped[reason] = dropped.get(reason, 0) + 1
         continue
-      scene, rng = self._pool.choose(person.lighting, pid=person.pid, cell=i)
+      scene, _ = self._pool.choose(person.lighting, pid=person.pid, cell=i)
       records.append(
         {
           "image": functools.partial(
-            self._picture, cells[i], alpha[i], scene=scene, rng=rng
+            self._picture, cells[i], alpha[i], person=person, number=i
           ),
           "pid": person.pid,
           "cell": i,
@@ -276,20 +243,43 @@ class Maker:
           "attributes": person.attributes,
         }
       )
-    made = identity.Identity(
-      records, dropped, prompt=plan.prompt, seed=plan.seed, canvas=canvas
+    steps = functools.partial(self._steps, plan, canvas, alpha, records)
+    return identity.Identity(
+      records, dropped, prompt=plan.prompt, seed=plan.seed, steps=steps
     )
-    return made, reasons
+
+  def _steps(
+    self,
+    plan: Plan,
+    canvas: np.ndarray,
+    alpha: np.ndarray,
+    records: Sequence[Mapping[str, Any]],
+  ) -> np.ndarray:
+    """Draws skeletons, canvas, mattes and pictures side by side.
+
+    Returns:
+      uint8 [H, 4 W, 3] for a canvas of [H, W, 3]; the place of a cell that was
+      thrown away is white among the pictures.
+    """
+    pictures = np.full((*alpha.shape, 3), 255, np.uint8)
+    for record in records:
+      pictures[record["cell"]] = images.resize(
+        record["image"](), self.layout.cell
+      )
+    mattes = np.repeat(alpha[..., None], 3, axis=-1)
+    join = lambda cells: canvas_lib.join(cells, self.layout)
+    return np.hstack([plan.skeletons, canvas, join(mattes), join(pictures)])
 
   def _picture(
     self,
     cell: np.ndarray,
     alpha: np.ndarray,
     *,
-    scene: backgrounds.Scene,
-    rng: np.random.Generator,
+    person: prompts.Person,
+    number: int,
   ) -> np.ndarray:
-    """Returns a cell before its background."""
+    """Returns a person's cell before its background, however often called."""
+    scene, rng = self._pool.choose(person.lighting, pid=person.pid, cell=number)
     ground = self._pool.crop(scene, cell.shape[:2], rng=rng)
     fused = compose.fuse(
       cell, alpha, background=ground, decontaminate=self._decontaminate

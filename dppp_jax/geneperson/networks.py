@@ -176,10 +176,17 @@ def load(
 def _spaced(
   config: Mapping[str, Any], parts: components_lib.Components
 ) -> components_lib.Components:
-  """Sets Karras sigmas: those asked for, or those of a folder's own sampler."""
+  """Sets where steps lie: as asked for, or as a folder's own sampler has it."""
   given, steps = config["sampler"], parts.scheduler
   is_own = not given["scheduler"] and steps.karras
   steps = dataclasses.replace(steps, karras=given["karras"] or is_own)
+  if spacing := given["spacing"]:
+    if given["k_diffusion"]:
+      raise errors.UserError(
+        f"--config.sampler.spacing={spacing}: k-diffusion has its own: leave it"
+        " empty, or add --config.sampler.k_diffusion=False"
+      )
+    steps = dataclasses.replace(steps, timestep_spacing=spacing)
   return dataclasses.replace(parts, scheduler=steps)
 
 

@@ -182,7 +182,7 @@ def run(
           )
           made += 1
           progress.update(len(records), sum(dropped.values()))
-          sheet.add(pid, records, person.canvas)
+          sheet.add(pid, records, person.steps)
     missing = store.missing()
     if missing:
       return Outcome(store.folder, False, made, missing, signals.number)

@@ -17,7 +17,6 @@ from dppp_jax.geneperson import disk
 _SHEET = (8, 12)  # Rows (people) and columns (pictures) of a contact sheet.
 # Without tqdm's own rate: `Progress.text` has it, and two more.
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-_CANVASES = 4  # Side by side on a sheet of raw canvases.
 _QUIET_SECONDS = 30.0  # Between log lines where there is no progress bar.
 
 
@@ -83,6 +82,8 @@ class Progress:
 class Sheet:
   """A picture of the last people made, once in a while, to look at.
 
+  Beside it another one of how the pictures of the last of them came about.
+
   Args:
     folder: where the sheets go; made if need be.
     every: people between two of them; 0 for none.
@@ -93,28 +94,23 @@ class Sheet:
     self._rows: collections.deque[list[bytes]] = collections.deque(
       maxlen=_SHEET[0]
     )
-    self._canvases: collections.deque[np.ndarray] = collections.deque(
-      maxlen=_CANVASES
-    )
 
   def add(
     self,
     pid: int,
     records: Sequence[Mapping[str, Any]],
-    canvas: np.ndarray | None = None,
+    steps: Callable[[], np.ndarray] | None = None,
   ) -> None:
     """Takes an identity; writes a sheet when it is time.
 
     Args:
       pid: whose name the sheet gets.
       records: with JPEG bytes.
-      canvas: uint8 [H, W, 3] as it was generated, if it was.
+      steps: of identity.Identity.
     """
     if not self._every:
       return
     self._rows.append([record["image"] for record in records[: _SHEET[1]]])
-    if canvas is not None:
-      self._canvases.append(canvas)
     self._count += 1
     if self._count % self._every and self._count != 1:
       return
@@ -123,15 +119,12 @@ class Sheet:
       for row in self._rows
     ]
     self._write(f"contact_sheet-{pid:06d}.png", images.contact_sheet(rows))
-    if self._canvases:
-      # Canvases of one run are of one size; JPEG, since each is a megapixel.
-      self._write(
-        f"canvases-{pid:06d}.jpg", np.concatenate([*self._canvases], axis=1)
-      )
+    if steps is not None:  # JPEG, since a canvas is a megapixel.
+      self._write(f"steps-{pid:06d}.jpg", steps(), quality=95)
 
-  def _write(self, name: str, picture: np.ndarray) -> None:
+  def _write(self, name: str, picture: np.ndarray, **options: Any) -> None:
     with disk.reported(self._folder):
       self._folder.mkdir(exist_ok=True)
       scratch = self._folder.parent / f"scratch-{name}"
-      PIL.Image.fromarray(picture).save(scratch)
+      PIL.Image.fromarray(picture).save(scratch, **options)
       scratch.replace(self._folder / name)
