@@ -419,7 +419,7 @@ def test_refuses_samplers_that_are_not_built(given, words):
     (30, {"timestep_spacing": "even"}, "timestep_spacing"),
     (45, {"timestep_spacing": "quadratic"}, "timesteps twice"),
     (8, {"timestep_spacing": "quadratic", "karras": True}, "Karras sigmas"),
-    (8, {"timestep_spacing": "quadratic", "method": "ddim"}, "nor for ddim"),
+    (8, {"timestep_spacing": "quadratic", "method": "ddim"}, "nor with ddim"),
     (30, {"method": "heun"}, "heun"),
     (30, {"eta": 1.5}, "eta=1.5"),
     (30, {"beta_schedule": "cosine"}, "beta_schedule"),

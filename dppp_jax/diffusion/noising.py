@@ -301,9 +301,9 @@ def _check(num_steps: int, config: Config) -> None:
   is_quadratic = config.timestep_spacing == "quadratic"
   if is_quadratic and (config.karras or config.method == "ddim"):
     raise errors.UserError(
-      "timestep_spacing quadratic is neither for Karras sigmas, which say"
-      " themselves where the steps lie, nor for ddim, whose steps are of one"
-      " length: use euler or dpmpp_2m without Karras sigmas"
+      "timestep_spacing quadratic goes neither with Karras sigmas, which say"
+      " themselves where the steps lie, nor with ddim, whose steps are of one"
+      " length: choose another spacing, or another sampler"
     )
   if config.method not in _CLASSES.values():
     raise errors.UserError(
