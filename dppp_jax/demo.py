@@ -115,6 +115,7 @@ def main(
     "scores": scores,
     "networks": networks(),
     "environment": run.environment(),
+    "commit": benchmark_lib.commit(),
   }
   run.write_json(folder / "results.json", results)
   print(f"{seconds / 60:.1f} minutes; the whole story in pictures: {path}")
