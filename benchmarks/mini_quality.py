@@ -14,7 +14,6 @@ mini_page.py, docs/mini.md.
 
 import argparse
 from collections.abc import Mapping
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -30,7 +29,7 @@ from dppp_jax import cli, devices, logs, process, types
 from dppp_jax.data import images as images_lib
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.evals import zeroshot
-from dppp_jax.geneperson import components, matting, prompts
+from dppp_jax.geneperson import components, matting, networks, prompts
 from dppp_jax.paperdoll import canvas_corpus, canvases, lexicon
 from dppp_jax.paperdoll import lighting as lights
 from dppp_jax.pretraining import readback
@@ -58,7 +57,8 @@ class Stage:
   """
 
   def __init__(self, assets: pathlib.Path):
-    sampler = cli.load_config("geneperson.py:mini").sampler
+    config = cli.load_config("geneperson.py:mini")
+    sampler = config.sampler
     self.settings = {"steps": sampler.steps, "guidance": sampler.guidance}
     controls = [assets / f"controlnet-{kind}" for kind in ("openpose", "canny")]
     parts = components.load_components(
@@ -67,9 +67,8 @@ class Stage:
       scheduler=sampler.scheduler or None,
       k_diffusion=sampler.k_diffusion,
     )
-    self.spacing = sampler.spacing or parts.scheduler.timestep_spacing
-    steps = dataclasses.replace(parts.scheduler, timestep_spacing=self.spacing)
-    parts = dataclasses.replace(parts, scheduler=steps)
+    parts = networks.spaced(config, parts)
+    self.spacing = parts.scheduler.timestep_spacing
     self._assets, self._params = assets, parts.params
     self._sampler = sampler_lib.Sampler(
       parts, devices=devices.share(0, batch_size=_BATCH)

@@ -122,7 +122,7 @@ def base(
   )
   parts = found.parts
   _arrange(_controls(places), parts, tuple(config["models"]["union_kinds"]))
-  return _spaced(config, parts)
+  return spaced(config, parts)
 
 
 def control_names(places: Mapping[str, pathlib.Path]) -> tuple[str, ...]:
@@ -169,14 +169,18 @@ def load(
   arrange, kinds = _arrange(
     controls, parts, tuple(config["models"]["union_kinds"])
   )
-  parts = _spaced(config, parts)
+  parts = spaced(config, parts)
   return Networks(parts, mattes, arrange, kinds, controls.names)
 
 
-def _spaced(
+def spaced(
   config: Mapping[str, Any], parts: components_lib.Components
 ) -> components_lib.Components:
-  """Sets where steps lie: as asked for, or as a folder's own sampler has it."""
+  """Sets where steps lie: as asked for, or as a folder's own sampler has it.
+
+  Raises:
+    errors.UserError: a spacing beside k-diffusion's own.
+  """
   given, steps = config["sampler"], parts.scheduler
   is_own = not given["scheduler"] and steps.karras
   steps = dataclasses.replace(steps, karras=given["karras"] or is_own)
