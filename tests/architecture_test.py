@@ -137,24 +137,14 @@ def test_loop_is_handed_its_evaluator():
 
 
 @pytest.mark.parametrize("folder", ["launch", "data_tools"])
-def test_launchers_are_short_and_tested(folder):
+def test_launchers_are_tested(folder):
   tests = "\n".join(
     path.read_text()
     for path in _files("tests")
     if path.name != "architecture_test.py"
   )
   for path in _files(folder):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 80, f"{path.name} has {len(lines)} lines"
     assert f"{folder}/{path.name}" in tests, f"no test runs {path.name}"
-
-
-def test_files_are_of_a_readable_size():
-  sizes = {
-    str(path.relative_to(_ROOT)): len(path.read_text().splitlines())
-    for path in _files("dppp_jax")
-  }
-  assert {name: n for name, n in sizes.items() if n > 450} == {}
 
 
 def test_modules_are_imported_not_names():
