@@ -8,6 +8,30 @@ import jax
 
 from dppp_jax import errors
 
+# A program that was traced for one platform is not taken for another one: the
+# context is part of the key of every cache of `jax.jit`.
+_PLATFORM = jax.make_user_context(None)
+
+
+def platform() -> str:
+  """Returns what programs are traced for: "cpu", "gpu" or "tpu".
+
+  Whatever chooses between kernels, dtypes or compiler options asks here.
+  """
+  return _PLATFORM.value or jax.default_backend()
+
+
+def traced_for(name: str) -> contextlib.AbstractContextManager[None]:
+  """Traces programs for another platform than the one of this process.
+
+  A program for a GPU can so be traced, and compiled ahead of time, where there
+  is none.
+
+  Args:
+    name: what `platform` returns within the context, in this thread.
+  """
+  return _PLATFORM(name)
+
 
 def share(count: int, *, batch_size: int) -> list[jax.Device]:
   """Returns devices that share batches of a size.

@@ -240,7 +240,7 @@ def _rules(given: Mapping[str, float]) -> quality.Rules:
 
 def _dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the dtypes by their keys, "auto" resolved."""
-  usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  usual = "float32" if devices.platform() == "cpu" else "bfloat16"
   given = {
     "sampler.dtype": config["sampler"]["dtype"],
     "sampler.vae_dtype": config["sampler"]["vae_dtype"],

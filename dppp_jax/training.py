@@ -5,11 +5,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import cli, errors
+from dppp_jax import cli, devices, errors
 from dppp_jax.data import benchmarks, images, shards, transforms
 from dppp_jax.data import source as source_lib
 from dppp_jax.evals import benchmark as benchmark_lib
@@ -132,7 +131,7 @@ def load_source(data: Mapping[str, Any], data_dir: str) -> source_lib.Source:
 def compute_dtype(name: str) -> jnp.dtype:
   """Returns the dtype of matrix products; "auto" is bfloat16 on a GPU."""
   if name == "auto":
-    name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    name = "bfloat16" if devices.platform() == "gpu" else "float32"
   if name not in ("float32", "bfloat16"):
     raise errors.UserError(
       f"config dtype {name!r}: choose auto, float32 or bfloat16"

@@ -33,3 +33,20 @@ def test_cores_become_devices_before_jax_looks(monkeypatch):
   )
   devices.share(0, batch_size=8)
   assert told == {"jax_num_cpu_devices": 4}
+
+
+def test_a_program_is_traced_anew_for_another_platform():
+  traced = []
+
+  @jax.jit
+  def call(x):
+    traced.append(devices.platform())
+    return x
+
+  call(1.0)
+  with devices.traced_for("gpu"):
+    call.lower(1.0)
+    call.lower(1.0)
+  call(1.0)
+  assert traced == ["cpu", "gpu"]
+  assert devices.platform() == "cpu"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import checkpoints, errors, logs, trees, types
+from dppp_jax import checkpoints, devices, errors, logs, trees, types
 from dppp_jax.data import images as images_lib
 from dppp_jax.data import source as source_lib
 from dppp_jax.data import transforms
@@ -67,7 +67,7 @@ class Extractor:
     where: str = "the parameters",
   ):
     if dtype is None:
-      dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+      dtype = "float32" if devices.platform() == "cpu" else "bfloat16"
     self.spec = spec
     self.where = where
     self.dtype = jnp.dtype(dtype).name

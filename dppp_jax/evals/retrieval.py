@@ -17,10 +17,9 @@ import dataclasses
 from typing import Literal
 
 from absl import logging
-import jax
 import numpy as np
 
-from dppp_jax import errors, logs
+from dppp_jax import devices, errors, logs
 from dppp_jax.evals import counting
 
 _COLLAPSED = 1e-3  # Spread around the mean feature, in units of its norm.
@@ -120,7 +119,7 @@ def evaluate(
     )
   gallery = labels.without_junk(gallery)
   if backend == "auto":
-    backend = "numpy" if jax.default_backend() == "cpu" else "jax"
+    backend = "numpy" if devices.platform() == "cpu" else "jax"
   if backend == "jax":
     counted = counting.with_jax(query, gallery, labels, metric=metric)
   elif backend == "numpy":

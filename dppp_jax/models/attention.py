@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dppp_jax import types
+from dppp_jax import devices, types
 from dppp_jax.models import layers
 
 _HALVED_FROM = 1 << 22  # Multiplications of one product, in the whole stack.
@@ -155,7 +155,7 @@ def _has_flash_kernel(query: types.Array, mask: types.Array | None) -> bool:
   """Decides at trace time whether cuDNN has a kernel for these operands."""
   _, n, _, d = query.shape
   return (
-    jax.default_backend() == "gpu"
+    devices.platform() == "gpu"
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and mask is None
     and n > 1  # One row is a matrix-vector product: nothing to gain.
@@ -173,7 +173,7 @@ def _is_halved(query: types.Array, key: types.Array) -> bool:
   """
   examples, n, heads, d = query.shape
   return (
-    jax.default_backend() == "cpu"
+    devices.platform() == "cpu"
     and isinstance(examples, int)  # Not an exported program's free size.
     and examples > 1
     and examples * heads * n * key.shape[1] * d >= _HALVED_FROM

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dppp_jax import types
+from dppp_jax import devices, types
 from dppp_jax.models import winograd
 
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -90,7 +90,7 @@ def general(
     and feature_group_count == 1
     and all(step == 1 for step in lhs_dilation or ())
   )
-  if jax.default_backend() != "cpu" or not is_plain:
+  if devices.platform() != "cpu" or not is_plain:
     return jax.lax.conv_general_dilated(
       lhs,
       rhs,

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dppp_jax import types
+from dppp_jax import devices, types
 from dppp_jax.models import attention, convolution, layers, resnet2d
 
 # Logits that are more than a core's cache holds.
@@ -249,7 +249,7 @@ def row_by_row(
   """
   batch, n, heads, _ = query.shape
   logits = batch * heads * n * key.shape[1]
-  if jax.default_backend() != "cpu" or batch == 1 or logits < _LARGE:
+  if devices.platform() != "cpu" or batch == 1 or logits < _LARGE:
     return attention.dot_product(query, key, value)
   one = lambda row: attention.dot_product(*(x[None] for x in row))[0]
   return jax.lax.map(one, (query, key, value))

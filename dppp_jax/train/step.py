@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dppp_jax import rngs, trees
+from dppp_jax import devices, rngs, trees
 from dppp_jax.data import transforms
 from dppp_jax.train import optim
 from dppp_jax.train import stage as stage_lib
@@ -95,7 +95,7 @@ def compile_ahead(step_fn: Callable[..., Any], *arguments: Any) -> Any:
     The compiled function of the same arguments.
   """
   options = None
-  if jax.default_backend() == "cpu":
+  if devices.platform() == "cpu":
     options = {"xla_cpu_copy_insertion_use_region_analysis": True}
   return (
     jax.jit(step_fn, donate_argnums=0, compiler_options=options)
