@@ -10,7 +10,7 @@ import transformers
 from transformers import activations
 
 from dppp_jax import errors, trees
-from dppp_jax.models import attention, clip, layers, packing
+from dppp_jax.models import clip, layers, packing
 from dppp_jax.weights import convert, load, rules
 
 IDS = np.array([[58, 3, 5, 59, 0, 7], [58, 7, 59, 1, 1, 1]])
@@ -335,19 +335,6 @@ def test_bfloat16_keeps_the_stream_in_float32():
     assert b.dtype == jnp.float32
     error = np.linalg.norm(a - b) / np.linalg.norm(a)
     assert 1e-5 < error < 2e-2  # It did run in bfloat16, and well.
-
-
-def test_flash_attention_is_chosen_where_cudnn_has_it(monkeypatch):
-  q = lambda n, d, dtype: jnp.zeros((1, n, 2, d), dtype)
-  chosen = lambda *a: attention._has_flash_kernel(q(*a), None)
-  assert not chosen(9, 64, jnp.bfloat16)  # No GPU here.
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert chosen(9, 64, jnp.bfloat16)
-  assert not chosen(9, 64, jnp.float32)
-  assert not chosen(1, 64, jnp.bfloat16)
-  assert not chosen(9, 20, jnp.bfloat16)
-  assert not chosen(9, 256, jnp.bfloat16)
-  assert not attention._has_flash_kernel(q(9, 64, jnp.float16), jnp.ones(1))
 
 
 @pytest.mark.parametrize("name", ["ViT-B/16", "ViT-L/14"])

@@ -1,5 +1,7 @@
 """Scaled dot-product attention, and the ways to compute it with less work."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,9 +32,7 @@ def dot_product(
     [B, N, heads, d] in the dtype of `value`.
   """
   if _has_flash_kernel(query, mask):
-    return jax.nn.dot_product_attention(
-      query, key, value, is_causal=causal, implementation="cudnn"
-    )
+    return fused(query, key, value, causal)
   if not _is_halved(query, key):
     return _of_heads(query, key, value, causal, mask)
   halve = lambda x: jnp.split(x, [query.shape[0] // 2])
@@ -43,6 +43,72 @@ def dot_product(
   return jnp.concatenate(
     [_of_heads(q, k, v, causal, m) for q, k, v, m in halves]
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def fused(
+  query: types.Array,
+  key: types.Array,
+  value: types.Array,
+  causal: bool,
+  implementation: str = "cudnn",
+) -> jax.Array:
+  """`dot_product` by a kernel of JAX's that keeps no logits.
+
+  JAX refuses to differentiate cuDNN's attention at odd lengths, PTL's 129
+  among them: it takes the bias that is not there for one. For the gradient the
+  rows are padded to even counts, and the kernel is told how many it may see.
+
+  Args:
+    query: [B, N, heads, d].
+    key: [B, M, heads, d].
+    value: [B, M, heads, d].
+    causal: row i sees columns 0..i only.
+    implementation: "cudnn", or "xla", which computes the same on any device
+      (for tests).
+
+  Returns:
+    [B, N, heads, d].
+  """
+  return jax.nn.dot_product_attention(
+    query, key, value, is_causal=causal, implementation=implementation
+  )
+
+
+def _fused_forward(query, key, value, causal, implementation):
+  def padded(query, key, value):
+    n, m = query.shape[1], key.shape[1]
+    lengths = {}
+    if n % 2 or m % 2:
+      query, key, value = map(_to_even, (query, key, value))
+      lengths = {
+        "query_seq_lengths": jnp.full(len(query), n, jnp.int32),
+        "key_value_seq_lengths": jnp.full(len(query), m, jnp.int32),
+      }
+    y = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      is_causal=causal,
+      implementation=implementation,
+      **lengths,
+    )
+    return y[:, :n]
+
+  return jax.vjp(padded, query, key, value)
+
+
+def _fused_backward(causal, implementation, gradients, dy):
+  del causal, implementation
+  return gradients(dy)
+
+
+fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _to_even(x: types.Array) -> jax.Array:
+  """Pads the rows of [B, N, heads, d] with zeros to an even count."""
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def _of_heads(
@@ -56,11 +122,8 @@ def _of_heads(
   # Heads before rows: XLA's CPU backend multiplies such stacks of matrices
   # without a detour.
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-  logits = jnp.einsum(
-    "bhnd,bhmd->bhnm",
-    query * query.shape[-1] ** -0.5,
-    key,
-    preferred_element_type=layers.stream_dtype(value.dtype),
+  logits = _wide_product(
+    "bhnd,bhmd->bhnm", query * query.shape[-1] ** -0.5, key
   )
   if causal:
     n, m = logits.shape[-2:]
@@ -112,12 +175,7 @@ def of_linear(
   x = x.astype(value.dtype)
   of_heads = lambda linear: linear.kernel.astype(x.dtype).reshape(-1, heads, d)
   asked = jnp.einsum("brhd,Dhd->bhrD", query * d**-0.5, of_heads(key))
-  logits = jnp.einsum(
-    "bhrD,bnD->bhrn",
-    asked,
-    x,
-    preferred_element_type=layers.stream_dtype(x.dtype),
-  )
+  logits = _wide_product("bhrD,bnD->bhrn", asked, x)
   weights, total = _exponentials(logits, mask)
   weights = (weights / total).astype(x.dtype)  # x has more columns than rows.
   seen = jnp.einsum("bhrn,bnD->bhrD", weights, x)
@@ -125,6 +183,30 @@ def of_linear(
   if value.bias is not None:
     y += value.bias.astype(y.dtype).reshape(1, 1, heads, d)
   return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_product(subscripts: str, a: types.Array, b: types.Array) -> jax.Array:
+  """`jnp.einsum` of two arrays of one dtype, in float32 or wider.
+
+  The derivative that JAX finds multiplies in float32 as well. Here its
+  products are those of the operands' dtype.
+  """
+  return jnp.einsum(
+    subscripts, a, b, preferred_element_type=layers.stream_dtype(a.dtype)
+  )
+
+
+def _wide_product_forward(subscripts, a, b):
+  return _wide_product(subscripts, a, b), (a, b)
+
+
+def _wide_product_backward(subscripts, saved, dy):
+  _, gradients = jax.vjp(functools.partial(jnp.einsum, subscripts), *saved)
+  return gradients(dy.astype(saved[0].dtype))
+
+
+_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
 def _exponentials(
