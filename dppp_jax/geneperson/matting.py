@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax import errors, types
-from dppp_jax.models import u2net
+from dppp_jax.models import resizing, u2net
 from dppp_jax.weights import u2net as u2net_weights
 
 # Of ImageNet, which U2-Net was trained with.
@@ -169,7 +169,4 @@ def _canvases(network, size, variables, cells, min_peak):
 
 def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes [B, h, w, C] with Lanczos' window of three, as rembg does."""
-  if x.shape[1:3] == tuple(size):
-    return x
-  shape = (x.shape[0], *size, x.shape[-1])
-  return jax.image.resize(x, shape, "lanczos3", antialias=True)
+  return resizing.resize(x, size, "lanczos3", antialias=True)

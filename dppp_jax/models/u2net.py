@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import convolution, layers
+from dppp_jax.models import convolution, layers, resizing
 
 # Blocks by the number of convolutions on their way down; the last three stages
 # are too small to pool and dilate instead ("4F").
@@ -185,7 +185,4 @@ def _pool(x: types.Array) -> jax.Array:
 
 def _upsample(x: types.Array, like: types.Array) -> jax.Array:
   """Enlarges x [B, h, w, C] bilinearly to the size of another picture."""
-  shape = (x.shape[0], *like.shape[1:3], x.shape[-1])
-  if x.shape == shape:
-    return x
-  return jax.image.resize(x, shape, "bilinear", antialias=False)
+  return resizing.resize(x, like.shape[1:3], "bilinear", antialias=False)

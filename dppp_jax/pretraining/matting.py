@@ -25,7 +25,7 @@ from dppp_jax.data import images as images_lib
 from dppp_jax.data import source as source_lib
 from dppp_jax.geneperson import canvas
 from dppp_jax.geneperson import matting as matting_lib
-from dppp_jax.models import u2net
+from dppp_jax.models import resizing, u2net
 from dppp_jax.paperdoll import canvas_corpus, canvases
 from dppp_jax.pretraining import autoencoder, cards, corpora
 from dppp_jax.train import loop, run
@@ -232,7 +232,7 @@ def degrade(
   gain = lot("gain", 0.8, 1.2, 1, 1, 1) * lot("tint", 0.94, 1.06, 1, 1, 3)
   images = images * gain + lot("offset", -12, 12, 1, 1, 3)
   coarse = normal("blotches", height // 12, width // 12, 3)
-  blotches = jax.image.resize(coarse, images.shape, "linear")
+  blotches = resizing.resize(coarse, (height, width), "linear", antialias=True)
   images = images + lot("uneven", 0, 8, 1, 1, 1) * blotches
   grain = normal("grain", height, width, 3)
   images = images + lot("noisy", 0, 10, 1, 1, 1) * grain
