@@ -20,7 +20,7 @@ Presets behind a colon:
 The drawn people at the paper's size (6,641 people, 132,820 pictures):
 
   --config configs/geneperson.py:paperdoll --config.num_identities=6641
-    --config.image_size=256,128
+    --config.cells=20 --config.cap=20 --config.image_size=256,128
 
 What each field does: docs/generation.md. The paper gives neither checkpoints
 nor canvas, steps, guidance, scales or rules; what stands here for those is a

@@ -53,8 +53,6 @@ _KEPT_TO = {
     "launch/",
     "tests/",
     "dppp_jax/cli.py",
-    "dppp_jax/train/loop.py",
-    "dppp_jax/geneperson/pipeline.py",
   ),
 }
 

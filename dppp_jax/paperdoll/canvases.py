@@ -18,8 +18,8 @@ from dppp_jax.geneperson import canvas, poses, prompts
 from dppp_jax.paperdoll import figure, lexicon, scenes, wardrobe, world
 from dppp_jax.paperdoll import lighting as lights
 
-# 2 x 3 cells as large as the mini CLIP's pictures; the VAE shrinks by 2, the
-# UNet by 8.
+# 2 x 3 cells as large as the mini CLIP's pictures; the VAE shrinks by 4, and
+# the UNet by 4 more.
 LAYOUT = canvas.Layout(rows=2, cols=3, cell=(96, 48), multiple=16)
 
 # Whose canvases: "train"; "held_out" for other people of the same kind; "new"

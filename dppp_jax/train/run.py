@@ -29,8 +29,9 @@ def prepare(
   Args:
     workdir: the folder.
     config: the resolved configuration, of JSON types.
-    free: top-level keys that may differ on a rerun, because they change where
-      a run looks and what it shows, not what it learns.
+    free: dotted keys (`data.num_threads`; `eval` for all below it) that may
+      differ on a rerun, because they change where a run looks and what it
+      shows, not what it learns.
 
   Returns:
     The folder's path.
