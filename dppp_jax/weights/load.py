@@ -11,6 +11,7 @@ import numpy as np
 from dppp_jax import errors, trees, types
 from dppp_jax.models import clip as clip_lib
 from dppp_jax.weights import convert, hub, rules
+from dppp_jax.weights import tokenizer as tokenizer_lib
 
 # OpenAI's heads are 64 wide in every one of its models; no tensor says so.
 _HEAD = 64
@@ -96,9 +97,7 @@ def tokenizer(path: str | pathlib.Path, *, pad: str | None = None) -> Any:
       f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and"
       " merges.txt, must lie there"
     )
-  # Two seconds of import that a run without text need not pay.
-  import transformers
-
+  transformers = tokenizer_lib.library()
   try:
     options = {} if pad is None else {"pad_token": pad}
     return transformers.CLIPTokenizer.from_pretrained(folder, **options)

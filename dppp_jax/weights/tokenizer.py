@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable, Sequence
 import itertools
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -17,6 +18,22 @@ BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 _END = "</w>"
 _FIXED = 2 * 256 + 2
+
+
+def library() -> Any:
+  """Imports transformers without its notice that PyTorch is not installed.
+
+  The import takes two seconds, so it waits until a tokenizer is wanted. The
+  tokenizer is written in Rust and needs no PyTorch.
+  """
+  logger = logging.getLogger("transformers")
+  about_others = lambda line: "PyTorch was not found" not in line.getMessage()
+  logger.addFilter(about_others)
+  try:
+    import transformers
+  finally:
+    logger.removeFilter(about_others)
+  return transformers
 
 
 def train_tokenizer(
@@ -44,7 +61,19 @@ def train_tokenizer(
   words = _words(captions)
   if not words:
     raise errors.UserError("the captions hold no word to train a tokenizer on")
-  merges = _merges(words, vocab_size - _FIXED)
+  return write(folder, _merges(words, vocab_size - _FIXED))
+
+
+def write(folder: str | pathlib.Path, merges: Sequence[tuple[str, str]]) -> int:
+  """Writes the vocabulary that a list of merges makes.
+
+  Args:
+    folder: where the four files are written; made if need be.
+    merges: pairs of tokens, the most common pair first.
+
+  Returns:
+    The number of tokens.
+  """
   tokens = _byte_characters()
   tokens += [token + _END for token in tokens]
   tokens += ["".join(pair) for pair in merges]
@@ -96,8 +125,7 @@ def _write(
 
 def _words(captions: Iterable[str]) -> dict[tuple[str, ...], int]:
   """Counts the words of the captions, as tuples of byte characters."""
-  import transformers
-
+  transformers = library()
   # CLIP's own rules for case and for the borders of words.
   backend = transformers.CLIPTokenizer().backend_tokenizer
   texts = collections.Counter(captions)
