@@ -54,6 +54,11 @@ def _paper() -> ml_collections.ConfigDict:
   config.seed = 0
   config.num_identities = 6641
   config.cap = 20  # Kept of a person; the paper's 130,519 / 6,641 is 19.7.
+  # Who keeps fewer cells than min_images is given another canvas, of another
+  # seed; tries in all. 4: a batch of training (train.K = 8 pictures of each
+  # person) then shows none more than twice.
+  config.tries = 3
+  config.min_images = 4
   config.image_size = (256, 128)  # (H, W).
   config.quality = 95  # Of the JPEGs.
 
@@ -91,7 +96,7 @@ def _paper() -> ml_collections.ConfigDict:
   prompt.negative = prompts.NEGATIVE  # Empty: nothing, SDXL's zeros.
   prompt.vocabulary = ""  # A JSON file instead of the shipped words.
   prompt.long = "chunk"  # Over 77 tokens: error, truncate or chunk.
-  prompt.min_chunks = 1
+  prompt.min_chunks = 1  # With chunk: of every prompt.
   prompt.pooled = "first"  # Chunk whose pooled vector is used, or last.
   prompt.clip_skip = 0
 
@@ -133,9 +138,11 @@ def _paper() -> ml_collections.ConfigDict:
   rules.min_agreement = -1.0  # With the skeleton; 0.8 is strict.
   rules.min_difference = 3.0
 
-  # What no picture depends on; may differ between runs and stripes.
+  # May differ between runs: no picture depends on it by more than rounding.
   config.run = run = ml_collections.ConfigDict()
-  run.batch_size = 8  # Canvases at once.
+  # Canvases at once, of people with consecutive numbers; the same in all
+  # stripes that run at one time.
+  run.batch_size = 8
   run.decode_batch = 4  # Of them, that the VAE decodes at once.
   run.devices = 1  # That share a batch; 0: as many cores as divide it, or one
   # accelerator. Each holds all networks: for small ones.
@@ -167,7 +174,7 @@ def _mini() -> ml_collections.ConfigDict:
   config.sampler.spacing = "quadratic"  # and of these 8 for the folder's 12.
   config.sampler.steps = 8
   config.sampler.guidance = 2.0
-  config.backgrounds.count = 5
+  config.backgrounds.count = 4  # One batch of each light.
   config.backgrounds.template = lexicon.BACKGROUND
   config.backgrounds.negative = ""
   config.matting.size = (96, 48)

@@ -24,6 +24,7 @@ from dppp_jax.geneperson import (
   backgrounds,
   canvas,
   checks,
+  groups,
   identity,
   maker,
   pipeline,
@@ -115,6 +116,7 @@ def _options(config: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   checks.numbers(config)
+  cap = config["cap"]
   grid, run, text = config["canvas"], config["run"], config["prompt"]
   layout = canvas.Layout(
     grid["rows"], grid["cols"], tuple(grid["cell"]), grid["multiple"]
@@ -122,6 +124,7 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   ground, steps = config["backgrounds"], config["sampler"]["steps"]
   counts = {f"run.{key}": run[key] for key in ("batch_size", "decode_batch")}
   counts |= {"backgrounds.count": ground["count"], "sampler.steps": steps}
+  counts |= {key: config[key] for key in ("tries", "min_images")}
   pipeline.check_positive(**counts)
   shared = devices.share(run["devices"], batch_size=run["batch_size"])
   if not any(ground["size"]):
@@ -147,9 +150,9 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     devices.use_compilation_cache(pathlib.Path(folder).expanduser())
   base = networks_lib.base(config, places)
   checks.parts(config, base, networks_lib.control_names(places), layout)
-  chunks = networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
+  networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
   digests = networks_lib.digests(config, places)
-  told = _told(config, digests, dtypes, chunks)
+  told = _told(config, digests, dtypes)
   told["vocabulary"] = words.digest
   told["poses"]["bank"] = bank.digest
   options = _options(dict(told), _SOURCE)
@@ -162,7 +165,6 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     vae_dtype=dtypes["sampler.vae_dtype"],
     clip_skip=text["clip_skip"],
     long_prompts=text["long"],
-    min_chunks=chunks,
     pooled=text["pooled"],
     guess=config["sampler"]["guess"],
     kinds=networks.kinds,
@@ -192,6 +194,8 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     pool=pool,
     seed=config["seed"],
     batch_size=run["batch_size"],
+    tries=config["tries"],
+    min_images=min(config["min_images"], cap),
     rules=rules,
     image_size=tuple(config["image_size"]),
     template=text["template"],
@@ -315,6 +319,13 @@ def _draws(
     "guidance_rescale": settings["guidance_rescale"],
   }
   scales = [control[f"{name}_scale"] for name in networks.controls] or 1.0
+  text = config["prompt"]
+  count = functools.partial(
+    networks_lib.chunks_of,
+    networks.parts,
+    long=text["long"],
+    least=text["min_chunks"],
+  )
 
   def draw(
     texts: Sequence[str],
@@ -323,44 +334,57 @@ def _draws(
     skeletons: np.ndarray,
     grid: np.ndarray,
   ) -> types.Array:
-    return sampler.sample(
-      texts,
-      seeds=seeds,
-      negative_prompts=config["prompt"]["negative"] or None,
-      control_images=networks.arrange(skeletons, grid),
-      control_scales=scales,
-      size=layout.size,
-      **common,
-    )
+    def some(rows: np.ndarray, chunks: int) -> types.Array:
+      return sampler.sample(
+        [texts[row] for row in rows],
+        seeds=[seeds[row] for row in rows],
+        negative_prompts=text["negative"] or None,
+        control_images=networks.arrange(skeletons[rows], grid),
+        control_scales=scales,
+        size=layout.size,
+        min_chunks=chunks,
+        **common,
+      )
 
-  size = tuple(config["backgrounds"]["size"])
+    return groups.drawn(some, count(texts, negative=text["negative"]))
+
+  ground = config["backgrounds"]
+  size = tuple(ground["size"])
   blank = np.zeros((config["run"]["batch_size"], *size, 3), np.uint8)
 
   def draw_ground(texts: Sequence[str], seeds: Sequence[int]) -> types.Array:
-    return sampler.sample(
-      texts,
-      seeds=seeds,
-      negative_prompts=config["backgrounds"]["negative"] or None,
-      control_images=networks.arrange(blank, blank[0]),
-      control_scales=0.0,
-      size=size,
-      **common,
-    )
+    def some(rows: np.ndarray, chunks: int) -> types.Array:
+      return sampler.sample(
+        [texts[row] for row in rows],
+        seeds=[seeds[row] for row in rows],
+        negative_prompts=ground["negative"] or None,
+        control_images=networks.arrange(blank, blank[0]),
+        control_scales=0.0,
+        size=size,
+        min_chunks=chunks,
+        **common,
+      )
+
+    return groups.drawn(some, count(texts, negative=ground["negative"]))
 
   return draw, draw_ground
 
 
 def _told_of_backgrounds(told: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what backgrounds depend on: on no ControlNet, and on no rule."""
+  """Returns what backgrounds depend on: ControlNets, matting and rules are not.
+
+  Their own template, size and seed are told to the pool beside this.
+  """
   other = ("controls", "u2net", "union")
   models = {k: v for k, v in told["models"].items() if not k.startswith(other)}
-  text = {k: told["prompt"][k] for k in ("long", "pooled", "clip_skip")}
+  kept = ("long", "pooled", "clip_skip", "chunks")
+  dtypes = told["dtypes"].items()
   return {
     "models": models,
     "loras": told["loras"],
     "sampler": told["sampler"],
-    "dtypes": told["dtypes"],
-    "text": text | {"chunks": told["prompt"]["chunks"]},
+    "dtypes": {k: v for k, v in dtypes if not k.startswith("matting.")},
+    "text": {k: told["prompt"][k] for k in kept},
     "negative": told["backgrounds"]["negative"],
   }
 
@@ -369,7 +393,6 @@ def _told(
   config: Mapping[str, Any],
   digests: Mapping[str, Mapping[str, str]],
   dtypes: Mapping[str, Any],
-  chunks: int,
 ) -> dict[str, Any]:
   """Returns all that the pictures depend on, digests in place of paths."""
   told = {key: value for key, value in config.items() if key != "run"}
@@ -388,7 +411,8 @@ def _told(
   kinds = list(config["models"]["union_kinds"])
   told["models"] = models | {"controls": controls, "union_kinds": kinds}
   told["dtypes"] = {key: jnp.dtype(d).name for key, d in dtypes.items()}
-  told["prompt"] = config["prompt"] | {"chunks": chunks}
+  # Of a prompt alone: how many it needs beyond these follows from its words.
+  told["prompt"] = config["prompt"] | {"chunks": config["prompt"]["min_chunks"]}
   for group, key in (
     ("sampler", "dtype"),
     ("sampler", "vae_dtype"),
@@ -398,6 +422,9 @@ def _told(
     ("poses", "openpose"),
   ):
     told[group] = {k: v for k, v in told[group].items() if k != key}
-  if not told["sampler"]["spacing"]:  # As datasets from before it was a key.
+  # As datasets from before these were keys.
+  if not told["sampler"]["spacing"]:
     del told["sampler"]["spacing"]
+  if told["tries"] == 1:
+    del told["tries"], told["min_images"]
   return told

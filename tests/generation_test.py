@@ -137,8 +137,27 @@ def _manifest(data_dir):
 def test_one_program_of_each_kind_draws_everything(whole):
   """Backgrounds with no ControlNet, and the last batch, which is short."""
   _, sampler, mattings = whole
-  assert sampler.traces == {"encode": 1, "begin": 1, "denoise": 1, "decode": 1}
+  chunks = _chunks(sampler)
+  # These prompts are long; those of backgrounds are not.
+  text = len({*chunks, 1})
+  assert sampler.traces == {
+    "encode": text,
+    "begin": 1,
+    "denoise": text,
+    "decode": 1,
+  }
   assert mattings == 1
+
+
+def _chunks(sampler):
+  """Returns the chunks of the people of `whole`, and of who fills the last."""
+  people = prompts.People(0)
+  return networks.chunks_of(
+    sampler.components,
+    [people[pid].prompt() for pid in range(_COUNT + 1)],
+    negative=prompts.NEGATIVE,
+    long="chunk",
+  )
 
 
 def test_the_dataset(whole):
@@ -206,23 +225,26 @@ def test_each_part_does_its_own(whole, places):
       grounds[light, where[n]] = picture
   held, bank = shards.load(path), pose_bank.default_bank()
   mattes = matting.load(places["models.u2net"], size=(32, 32), min_peak=0.0)
-  person = people[4]
-  figures = [
-    pose.fit((32, 16), fill=0.8)
-    for pose in bank.choose(
+  # The last one, and who would follow, unless that prompt has other chunks.
+  counts, person = _chunks(sampler), people[4]
+  pids = (4, 5) if counts[4] == counts[5] else (4, 4)
+  skeletons = []
+  for pid in pids:
+    chosen = bank.choose(
       4,
       seed=0,
-      pid=4,
-      body=person.words["body"],
-      activity=person.words["activity"],
+      pid=pid,
+      body=people[pid].words["body"],
+      activity=people[pid].words["activity"],
     )
-  ]
+    figures = [pose.fit((32, 16), fill=0.8) for pose in chosen]
+    skeletons.append(canvas.skeleton_map(figures, layout))
   drawn = sampler.sample(
-    [person.prompt()] * 2,
-    seeds=[identity.seed_of("canvas", 0, 4), 0],
+    [people[pid].prompt() for pid in pids],
+    seeds=[identity.seed_of("canvas", 0, pid) for pid in pids],
     negative_prompts=prompts.NEGATIVE,
     control_images=[
-      np.stack([canvas.skeleton_map(figures, layout), noise[1]]),
+      np.stack(skeletons),
       canvas.line_map(canvas.grid_map(layout)),
     ],
     control_scales=[0.9, 0.4],
@@ -280,8 +302,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_made_twice(
 ):
   """kill -9 among the backgrounds, then among the people; then to the end.
 
-  In two stripes, the second of which has its networks elsewhere: nobody has
-  the neighbours in a batch that it had in the undisturbed run.
+  In two stripes, the second of which has its networks elsewhere.
   """
   rng = random.Random(time.time_ns())
   first, second = [[*words, f"--shard={i}/2"] for i in (0, 1)]
@@ -336,6 +357,13 @@ def _mistake(capsys, *words):
     # Prompts.
     (["prompt.long=error"], r"pid 0 \(and \d+ more\): .*over the .*truncate"),
     (["prompt.long=cut"], r"prompt\.long=cut: choose error, truncate"),
+    (["prompt.min_chunks=0"], r"prompt\.min_chunks=0: must be at least 1"),
+    (
+      ["prompt.min_chunks=2", "prompt.long=truncate"],
+      r"min_chunks=2: does nothing with --config\.prompt\.long=truncate",
+    ),
+    (["tries=0"], "tries=0: must be at least 1"),
+    (["min_images=0"], "min_images=0: must be at least 1"),
     (["prompt.template={{gender}} {{shoes}}"], "shoes} is no attribute"),
     # Canvas.
     (["canvas.cell=30,16", "canvas.multiple=8"], "60 pixels high.*multiple"),
@@ -438,7 +466,7 @@ def test_what_a_controlnet_is_shown_is_another_dataset(places, tmp_path):
   ):
     config, found = _config(places, pose_controlnet=pose, grid_controlnet=grid)
     digests = networks.digests(config, found)
-    told.append(generation._told(config, digests, {}, 1))
+    told.append(generation._told(config, digests, {}))
   assert told[4]["models"]["controls"].keys() == {"pose", "grid"}
   assert len({store.fingerprint(one) for one in told}) == len(told)
   grounds = [generation._told_of_backgrounds(one) for one in told]

@@ -66,7 +66,7 @@ class Studio:
 
   def __init__(self, people):
     self.pids = {
-      identity.seed_of("canvas", SEED, pid): pid for pid in range(COUNT)
+      identity.seed_of("canvas", SEED, pid): pid for pid in range(COUNT + 1)
     }
     self.people, self.calls, self.events = people, [], []
     self.hook = lambda: None
@@ -229,9 +229,9 @@ def test_what_the_sampler_is_given(studio, tmp_path):
     )
     figures = [pose.fit(CELL) for pose in chosen]
     np.testing.assert_array_equal(drawn, canvas.skeleton_map(figures, LAYOUT))
-  # The last batch is filled up with its last person.
-  assert last == [studio.people[2].prompt()] * 2
-  np.testing.assert_array_equal(again[0], again[1])
+  # The last batch is filled up with those who would follow.
+  assert last == [studio.people[pid].prompt() for pid in (2, 3)]
+  np.testing.assert_array_equal(again[1], made.plan(3).skeletons)
 
 
 def test_device_begins_the_next_batch_before_the_host_fetches(studio, tmp_path):

@@ -194,13 +194,15 @@ class Sampler:
     negative_sizes: Sizes | None = None,
     noise: types.Array | None = None,
     params: types.Params | None = None,
+    min_chunks: int | None = None,
   ) -> jax.Array:
     """Draws latents.
 
     Args:
       prompts: B texts.
       seeds: one for each, 0 to 2^64 - 1. A picture depends on its own seed,
-        not on the batch that it is drawn in.
+        and on the batch that it is drawn in only as far as numbers are rounded
+        and prompts of one batch have equally many chunks.
       negative_prompts: what to stay away from, one for each or for all; None:
         nothing, which most SDXL checkpoints want as zeros and not as "".
       control_images: one for each ControlNet: [B, H, W, 3] or [H, W, 3] for
@@ -219,6 +221,7 @@ class Sampler:
       noise: the first latents, standard normal [B, h, w, C]; drawn from the
         seeds by default.
       params: of `place`; `self.params` by default.
+      min_chunks: of these prompts; the constructor's by default.
 
     Returns:
       float32 [B, H / f, W / f, C], normalised as the UNet works on them.
@@ -252,7 +255,7 @@ class Sampler:
       steps=steps,
       length=length,
     )
-    text = self._read(prompts, negative_prompts, guided, params)
+    text = self._read(prompts, negative_prompts, guided, params, min_chunks)
     ids = None
     if parts.is_xl:
       sizes = sizes or Sizes()
@@ -306,6 +309,7 @@ class Sampler:
     negative_prompts: Sequence[str] | str | None,
     guided: bool,
     params: types.Params,
+    min_chunks: int | None,
   ) -> conditioning.Text:
     """Tokenises and encodes; [2 B] rows, negatives first, where guided."""
     parts, batch = self.components, len(prompts)
@@ -327,7 +331,7 @@ class Sampler:
       texts,
       limit=parts.max_tokens,
       long=self._long,
-      min_chunks=self._min_chunks,
+      min_chunks=min_chunks or self._min_chunks,
     )
     is_prompt = np.arange(len(texts)) >= len(texts) - batch
     return self._programs["encode"](

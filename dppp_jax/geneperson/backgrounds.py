@@ -1,9 +1,12 @@
 """A pool of generated backgrounds for each light, drawn once and kept.
 
-Scene `number` of a light is a pure function of the pool's configuration, so a
-pool may be drawn by anybody, in any order, and be interrupted at any moment. A
-file is whole or not there: it is written under another name first, and its own
-name ends with a digest of its bytes.
+Scene `number` of a light is a pure function of the pool's configuration, and it
+is always drawn in the same place of the same batch: the scenes of one light in
+groups of `batch_size` numbers (see `groups`), of which those that are there
+already are drawn again and not kept. So a pool may be drawn by anybody, in any
+order, and be interrupted at any moment; more scenes, or other lights, change
+none of the others. A file is whole or not there: it is written under another
+name first, and its own name ends with a digest of its bytes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -23,7 +25,14 @@ import PIL.Image
 
 from dppp_jax import errors, logs, types
 from dppp_jax.data import images
-from dppp_jax.geneperson import compose, disk, identity, prompts, vocabulary
+from dppp_jax.geneperson import (
+  compose,
+  disk,
+  groups,
+  identity,
+  prompts,
+  vocabulary,
+)
 from dppp_jax.geneperson import store as store_lib
 
 T = TypeVar("T")
@@ -91,7 +100,7 @@ class Pool:
       lightings: of the people who will stand before the backgrounds.
       count: pictures of each; more of them change none of the first.
       size: (height, width) of each, pixels.
-      batch_size: prompts that `draw` is given, always.
+      batch_size: prompts that `draw` is given, always; scenes of a group.
       seed: of the scenes, and of what a cell is given.
       config: whatever else the pictures depend on, of JSON types.
       template: see `prompts.background`.
@@ -109,11 +118,11 @@ class Pool:
     self.folder = pathlib.Path(root) / digest[:16]
     self._draw, self._batch_size, self._seed = draw, batch_size, seed
     self._size = tuple(size)
+    self._scene = functools.partial(
+      _scene, seed=seed, template=template, words=words
+    )
     self.scenes = {
-      lighting: tuple(
-        _scene(lighting, number, seed=seed, template=template, words=words)
-        for number in range(count)
-      )
+      lighting: tuple(self._scene(lighting, number) for number in range(count))
       for lighting in sorted(set(lightings))
     }
     self._files: dict[str, pathlib.Path] = {}
@@ -152,11 +161,12 @@ class Pool:
           desc="backgrounds",
           unit="picture",
         ) as bar:
+          lacking = {scene.stem for scene in left}
           for some, pictures in ahead(self._drawn(left, stopped)):
-            pictures = np.asarray(pictures)
-            for scene, picture in zip(some, pictures, strict=False):
-              known[scene.stem] = self._write(scene, picture)
-              bar.update()
+            for scene, picture in zip(some, np.asarray(pictures), strict=True):
+              if scene.stem in lacking:
+                known[scene.stem] = self._write(scene, picture)
+                bar.update()
     self._files = known
 
   def choose(
@@ -189,14 +199,17 @@ class Pool:
   def _drawn(
     self, scenes: Sequence[Scene], stopped: Callable[[], bool]
   ) -> Iterator[tuple[list[Scene], types.Array]]:
-    for some in batched(scenes, self._batch_size):
-      if stopped():
-        return
-      full = filled(some, self._batch_size)
-      yield (
-        some,
-        self._draw([one.prompt for one in full], [one.seed for one in full]),
-      )
+    """Yields groups that hold one of `scenes`, whole, and their pictures."""
+    for lighting in self.scenes:
+      numbers = [one.number for one in scenes if one.lighting == lighting]
+      for group, _ in groups.split(numbers, self._batch_size):
+        if stopped():
+          return
+        some = [self._scene(lighting, number) for number in group]
+        yield (
+          some,
+          self._draw([one.prompt for one in some], [one.seed for one in some]),
+        )
 
   def _whole_files(self) -> dict[str, pathlib.Path]:
     """Returns the files by their stems, each compared with its digest."""
@@ -238,18 +251,6 @@ class Pool:
         " remove it and run the same command again"
       )
     return picture
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-  """Yields lists of `size` items, the last one perhaps shorter."""
-  left = iter(items)
-  while some := list(itertools.islice(left, size)):
-    yield some
-
-
-def filled(items: Sequence[T], size: int) -> list[T]:
-  """Returns items with the last one repeated: one program for any number."""
-  return [*items, *[items[-1]] * (size - len(items))]
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

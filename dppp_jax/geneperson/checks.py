@@ -68,6 +68,15 @@ def numbers(config: Mapping[str, Any]) -> None:
   ):
     if (value := config[group][key]) < 0:
       raise errors.UserError(f"{group}.{key}={value}: must be 0 or more")
+  text = config["prompt"]
+  if (least := text["min_chunks"]) < 1:
+    raise errors.UserError(f"prompt.min_chunks={least}: must be at least 1")
+  if least > 1 and text["long"] != "chunk":
+    raise errors.UserError(
+      f"--config.prompt.min_chunks={least}: does nothing with"
+      f" --config.prompt.long={text['long']}: leave it out, or set"
+      " prompt.long=chunk"
+    )
 
 
 def parts(

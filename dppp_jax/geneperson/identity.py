@@ -19,6 +19,7 @@ class Identity:
     dropped: number of cells that were thrown away, by reason.
     prompt: that of the canvas; that of the first record by default.
     seed: of the canvas, where there is one.
+    further_seeds: of the canvases after the first, where there are some.
     steps: draws how the pictures came about, uint8 [h, w, 3], to look at.
   """
 
@@ -26,6 +27,7 @@ class Identity:
   dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
   prompt: str = ""
   seed: int | None = None
+  further_seeds: Sequence[int] = ()
   steps: Callable[[], np.ndarray] | None = None
 
 
@@ -38,15 +40,22 @@ class BatchMaker(Protocol):
 
   Attributes:
     unit: what it makes, in the plural, for the progress bar.
+    group_size: consecutive pids that are always made together, see `groups`.
   """
 
   unit: str
+  group_size: int
 
   def prepare(self, *, stopped: Callable[[], bool]) -> None:
     """Makes what everybody shares; leaves early where `stopped()`."""
 
-  def people(self, pids: Iterable[int]) -> Iterator[tuple[int, Identity]]:
-    """Yields the people of the pids in their order, reading some ahead."""
+  def people(
+    self, pids: Iterable[int], *, stopped: Callable[[], bool]
+  ) -> Iterator[tuple[int, Identity]]:
+    """Yields the people of the pids, ascending, reading some ahead.
+
+    Where `stopped()`, groups in progress are ended and none is begun.
+    """
 
 
 def seed_of(*words: str | int) -> int:

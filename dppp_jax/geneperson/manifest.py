@@ -29,6 +29,7 @@ def note(
   *,
   prompt: str = "",
   seed: int | None = None,
+  further_seeds: Sequence[int] = (),
 ) -> dict[str, Any]:
   """Returns what the journal keeps of an identity, of JSON types.
 
@@ -37,6 +38,7 @@ def note(
     dropped: number of the others by reason.
     prompt: of the canvas; the first record's by default.
     seed: of the canvas, if there is one.
+    further_seeds: of the canvases after it.
   """
   tally = lambda key: dict(
     sorted(collections.Counter(record[key] for record in records).items())
@@ -45,6 +47,7 @@ def note(
   return {
     "prompt": prompt or first,
     "seed": seed,
+    "further_seeds": list(further_seeds),
     "dropped": {key: int(dropped[key]) for key in sorted(dropped)},
     "view": tally("view"),
     "lighting": tally("lighting"),
@@ -77,12 +80,18 @@ def describe(
   ordered = {key: dict(sorted(total.items())) for key, total in totals.items()}
   images = sum(entry.images for entry in entries)
   seeds = {str(entry.pid): entry.note.get("seed") for entry in entries}
+  further = {str(e.pid): e.note.get("further_seeds") for e in entries}
   return {
     "source": source,
     **(about or {}),
     "seed": seed,
     "identities": sum(entry.images > 0 for entry in entries),
     "identities_without_images": sum(not entry.images for entry in entries),
+    "without_images": {
+      str(entry.pid): entry.note["dropped"]
+      for entry in entries
+      if not entry.images
+    },
     # Both counts: the paper cuts 6,641 x 42 cells and publishes 130,519.
     "cells": images + sum(ordered["dropped"].values()),
     "images": images,
@@ -93,6 +102,8 @@ def describe(
     "commit": _commit(),
     "prompts": {str(entry.pid): entry.note["prompt"] for entry in entries},
     "seeds": {pid: seed for pid, seed in seeds.items() if seed is not None},
+    # Of those who were given another canvas, in the order of their cells.
+    "further_seeds": {pid: some for pid, some in further.items() if some},
   }
 
 

@@ -3,7 +3,7 @@
 Which key of the configuration a file belongs to is part of every complaint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -276,7 +276,10 @@ def chunks(
   long: str,
   least: int,
 ) -> int:
-  """Returns the chunks that every prompt gets, so that all run one program.
+  """Looks at all prompts before anything is drawn.
+
+  Returns:
+    The chunks of the longest; see `chunks_of` for those of each.
 
   Raises:
     errors.UserError: a prompt is too long and nobody said what then.
@@ -307,6 +310,39 @@ def chunks(
     f" first that of {over[0]}"
   )
   return 1
+
+
+def chunks_of(
+  parts: components_lib.Components,
+  texts: Sequence[str],
+  *,
+  negative: str,
+  long: str,
+  least: int = 1,
+) -> list[int]:
+  """Returns the chunks of each prompt: they depend on no other prompt.
+
+  Args:
+    parts: whose tokenizers count.
+    texts: the prompts.
+    negative: has as many chunks as the prompt beside it, so the longer counts.
+    long: `prompt.long`; without "chunk" all that fit have one.
+    least: `prompt.min_chunks`.
+
+  Returns:
+    Numbers from 1 on; 0 where `long` is "error" and a prompt is too long.
+  """
+  if long == "truncate":
+    return [1] * len(texts)
+  *counts, other = conditioning.tokenize(
+    parts.tokenizers,
+    [*texts, negative],
+    limit=parts.max_tokens,
+    long="chunk",
+  ).counts.tolist()
+  if long == "error":
+    return [int(count == 1) for count in counts]
+  return [max(count, other, least) for count in counts]
 
 
 def named(key: str, call: Callable[[], T]) -> T:

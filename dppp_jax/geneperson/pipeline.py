@@ -11,7 +11,6 @@ from concurrent import futures
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -22,7 +21,7 @@ import PIL.Image
 
 from dppp_jax import errors, interrupts, logs, workers
 from dppp_jax.data import images
-from dppp_jax.geneperson import dataset, manifest, watch
+from dppp_jax.geneperson import dataset, manifest, remedies, watch
 from dppp_jax.geneperson import identity as identity_lib
 from dppp_jax.geneperson import store as store_lib
 
@@ -111,7 +110,8 @@ def run(
     source: what the pictures are, in words, for the manifest.
     config: whatever else the pictures depend on, of JSON types: a data_dir
       that holds another configuration is refused.
-    shard: (i, N): this process makes the pids with pid % N == i.
+    shard: (i, N): this process makes the groups of the maker with
+      group % N == i; the group of a maker of single people is one.
     cap: pictures kept of one identity at most.
     quality: of the JPEGs.
     sheet_every: identities between two contact sheets; 0 for none.
@@ -134,18 +134,21 @@ def run(
   check_quality(quality)
   config = _whole_config(config, source, seed, cap, quality)
   spec = dataset.features(image_size)
+  is_batch = isinstance(maker, identity_lib.BatchMaker)
+  group_size = maker.group_size if is_batch else 1
   with store_lib.Store(
     data_dir,
     config=config,
     num_identities=num_identities,
     image_size=image_size,
     shard=shard,
+    group_size=group_size,
   ) as store:
     if store.finished:
       return Outcome(store.folder, True, 0, 0)
     made = 0
     sheet = watch.Sheet(store.scratch, every=sheet_every)
-    is_batch = isinstance(maker, identity_lib.BatchMaker)
+    first = _FirstGroup(min(group_size, len(store.todo)))
     with (
       interrupts.Interrupts("stopping after the people in progress") as signals,
       futures.ThreadPoolExecutor(num_threads) as pool,
@@ -156,8 +159,7 @@ def run(
       if is_batch:
         if store.todo:
           maker.prepare(stopped=stopped)
-        pids = itertools.takewhile(lambda _: not stopped(), store.todo)
-        people = maker.people(pids)
+        people = maker.people(store.todo, stopped=stopped)
       else:
         people = workers.each(
           functools.partial(_make, maker),
@@ -177,12 +179,17 @@ def run(
             pid,
             [dataset.serialize(record, spec) for record in records],
             manifest.note(
-              records, dropped, prompt=person.prompt, seed=person.seed
+              records,
+              dropped,
+              prompt=person.prompt,
+              seed=person.seed,
+              further_seeds=person.further_seeds,
             ),
           )
           made += 1
           progress.update(len(records), sum(dropped.values()))
           sheet.add(pid, records, person.steps)
+          first.add(len(records), dropped)
     missing = store.missing()
     if missing:
       return Outcome(store.folder, False, made, missing, signals.number)
@@ -194,7 +201,40 @@ def run(
   # Another stripe may have been the last, and have written it.
   told = json.loads((folder / "manifest.json").read_text())
   totals = {key: told[key] for key in ("cells", "images")}
+  if without := told.get("without_images"):
+    pids = ", ".join([*without][:5]) + ", ..." * (len(without) > 5)
+    logs.say(
+      f"{folder}: {len(without)} of {num_identities} people have no picture, as"
+      f" all their cells were dropped (pid {pids}):"
+      f" {remedies.of(without.values())}, or give more --config.tries"
+    )
   return Outcome(folder, True, made, 0, **totals)
+
+
+class _FirstGroup:
+  """Says it at once where the first people of a run lose all of their cells.
+
+  Args:
+    size: people to look at.
+  """
+
+  def __init__(self, size: int):
+    self._size = size
+    self._count = self._kept = 0
+    self._dropped: list[Mapping[str, int]] = []
+
+  def add(self, num_images: int, dropped: Mapping[str, int]) -> None:
+    """Counts one more person."""
+    self._count += 1
+    self._kept += num_images
+    if self._count > self._size or self._kept:
+      return
+    self._dropped.append(dropped)
+    if self._count == self._size:
+      logs.say(
+        f"the first {self._size} people lost all of their cells, and so may all"
+        f" others (Ctrl-C stops): {remedies.of(self._dropped)}"
+      )
 
 
 def is_finished(

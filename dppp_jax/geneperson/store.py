@@ -26,7 +26,7 @@ from absl import logging
 
 from dppp_jax import errors
 from dppp_jax.data import shards
-from dppp_jax.geneperson import dataset, disk
+from dppp_jax.geneperson import dataset, disk, groups, remedies
 
 _LAYOUT = 1  # Of the parts folder; another layout is another configuration.
 
@@ -51,7 +51,7 @@ class Entry:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-  """Returns (i, N) of "i/N": this process makes the pids with pid % N == i."""
+  """Returns (i, N) of "i/N": of N processes this one makes the i-th share."""
   try:
     index, count = (int(word) for word in text.split("/"))
   except ValueError:
@@ -117,6 +117,7 @@ class Store:
     num_identities: int,
     image_size: tuple[int, int],
     shard: tuple[int, int] = (0, 1),
+    group_size: int = 1,
     max_part_bytes: int = 256 << 20,
   ):
     """Opens or makes the store, and cuts what a killed run left torn.
@@ -127,7 +128,9 @@ class Store:
         of another configuration is refused.
       num_identities: pids are 0 .. num_identities - 1.
       image_size: (height, width).
-      shard: (i, N): this process owns the pids with pid % N == i.
+      shard: (i, N): this process owns the pids of the groups with
+        group % N == i.
+      group_size: consecutive pids of a group.
       max_part_bytes: a part that reached it is followed by a new one.
 
     Raises:
@@ -139,7 +142,7 @@ class Store:
     self._scratch = root / f"incomplete.{dataset.VERSION}"
     self._config = _whole(config, num_identities, image_size)
     self._image_size = image_size
-    self._shard = shard
+    self._shard, self._group_size = shard, group_size
     self._max_part_bytes = max_part_bytes
     self._stack = contextlib.ExitStack()
     self.finished, self.todo, self.num_done = False, [], 0
@@ -254,21 +257,25 @@ class Store:
       self._recover()
 
   def _own_stripe(self) -> None:
-    """Takes the locks: all runs agree on N, and each i has one owner."""
+    """Takes the locks: all runs agree on who owns whom, and each i on one."""
     index, count = self._shard
+    stripes = f"{count}"
+    if self._group_size > 1:
+      stripes += f" in groups of {self._group_size}"
     layout = self._parts / "stripes.lock"
     file = self._stack.enter_context(layout.open("a+"))
     fcntl.flock(file, fcntl.LOCK_SH)  # Only ever exclusive under the root lock.
     file.seek(0)
-    if file.read() != str(count):
-      # N may change between runs, when nobody makes anything.
+    if file.read() != stripes:
+      # They may change between runs, when nobody makes anything.
       disk.own(
         file,
-        f"{self._parts}: other stripes than /{count} are being made now: wait"
-        " for them, or give every process the same N in --shard i/N",
+        f"{self._parts}: other stripes than /{stripes} are being made now: wait"
+        " for them, or give every process the same N in --shard i/N and the"
+        " same --config.run.batch_size",
       )
       file.truncate(0)
-      file.write(str(count))
+      file.write(stripes)
       file.flush()
       fcntl.flock(file, fcntl.LOCK_SH)
     self._stem = f"stripe-{index:05d}-of-{count:05d}"
@@ -309,7 +316,11 @@ class Store:
       self._part_index = int(kept[-1][0].part.split(".")[1])
     self._next_part(step=0 if kept else 1)
     done = {entry.pid for entry in _entries(self._parts)}
-    own = range(index, self._config["num_identities"], count)
+    own = [
+      pid
+      for pid in range(self._config["num_identities"])
+      if groups.owner(pid, size=self._group_size, count=count) == index
+    ]
     self.todo = [pid for pid in own if pid not in done]
     self.num_done = len(own) - len(self.todo)
 
@@ -348,8 +359,9 @@ class Store:
     parts = {path: count for path, count in parts.items() if count}
     if not parts:
       raise errors.UserError(
-        f"{self._parts}: every picture of every identity was dropped: look at"
-        " its journals, then change the configuration"
+        f"{self._parts}: every picture of every identity was dropped:"
+        f" {remedies.of(entry.note.get('dropped', {}) for entry in entries)};"
+        " then remove that folder"
       )
     shutil.rmtree(self._scratch, ignore_errors=True)
     self._scratch.mkdir()
