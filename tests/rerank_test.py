@@ -74,7 +74,9 @@ def test_equals_the_dense_algorithm(metric, k1, k2, weight, monkeypatch):
   found = np.concatenate(list(ranker.blocks()))
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, expected, rtol=0, atol=5e-7)
-  np.testing.assert_array_equal(ranker.rows(np.array([3, 1])), found[[3, 1]])
+  # A product of other rows may sum in another order: float64 is the judge.
+  some = ranker.rows(np.array([3, 1]))
+  np.testing.assert_allclose(some, expected[[3, 1]], rtol=0, atol=5e-7)
 
 
 def test_equal_distances_rank_in_order():
