@@ -3,6 +3,7 @@
 import diffusers_twins as twins
 import jax
 import numpy as np
+import prompts_test
 import pytest
 import torch
 import transformers
@@ -153,6 +154,30 @@ def _run(encoders, tokens, **options):
 @torch.no_grad()
 def _states(net, ids):
   return net(torch.from_numpy(ids).long(), output_hidden_states=True)
+
+
+def test_chunking_builds_no_dict_of_the_vocabulary(tokenizers, monkeypatch):
+  """Such a dict takes a tenth of a second, for CLIP's vocabulary."""
+  ids = [t.get_vocab()[",</w>"] for t in tokenizers]
+  assert [conditioning._comma(t) for t in tokenizers] == ids
+  for one in {type(t) for t in tokenizers}:
+    monkeypatch.setattr(one, "get_vocab", None)
+  looked_up = []
+  comma = conditioning._comma
+  monkeypatch.setattr(
+    conditioning, "_comma", lambda t: looked_up.append(t) or comma(t)
+  )
+  conditioning.tokenize(tokenizers, [SHORT, LONG] * 3, limit=9, long="chunk")
+  assert looked_up == list(tokenizers)
+
+
+def test_a_vocabulary_without_commas_is_cut_anywhere(tmp_path):
+  words = prompts_test.make_tokenizer(tmp_path, words=("walking",))
+  assert conditioning._comma(words) is None
+  found = conditioning.tokenize(
+    [words], ["walking " * 5], limit=4, long="chunk"
+  )
+  assert found.counts.tolist() == [3]
 
 
 def test_xl_reads_each_chunk_as_transformers_does(tokenizers, encoders):
