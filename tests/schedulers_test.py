@@ -306,6 +306,28 @@ def test_follows_k_diffusion(method, prediction, karras):
   assert _distance(_run(table)[-1], x) < 3e-5
 
 
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("method", ["euler_ancestral", "euler", "dpmpp_2m"])
+def test_one_step_of_k_diffusion_begins_at_the_highest_sigma(method, karras):
+  """Its get_sigmas(1) is [sigma_max, 0]: one step from pure noise to x0."""
+  config = schedulers.k_diffusion(
+    schedulers.Config(method=method, karras=karras)
+  )
+  table = schedulers.init(1, config)
+  highest = _levels()[-1]
+  np.testing.assert_allclose(table.timesteps, [999], rtol=1e-6)
+  np.testing.assert_allclose(table.sigmas, [highest], rtol=3e-5)
+  state = schedulers.begin(table, np.ones((1, 1, 1, 1)))
+  if method != "dpmpp_2m":
+    np.testing.assert_allclose(state.latents, highest, rtol=3e-5)
+  output = np.full((1, 1, 1, 1), 0.5)
+  latents = schedulers.step(
+    table, 0, state, output=output, noise=np.ones((1, 1, 1, 1))
+  ).latents
+  x0 = schedulers.network_input(table, 0, state) * math.hypot(1, highest)
+  np.testing.assert_allclose(latents, x0 - highest * 0.5, rtol=3e-5)
+
+
 def test_k_diffusion_is_near_linear_interpolation():
   linear = schedulers.Config(timestep_spacing="linspace")
   logs = schedulers.k_diffusion(linear)

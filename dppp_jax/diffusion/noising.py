@@ -248,8 +248,12 @@ def _timesteps(num_steps: int, config: Config) -> np.ndarray:
       )
   elif config.method == "ddim" or extra:
     at = np.linspace(0, last - 1, num_steps + extra).round()[::-1]
+  elif config.continuous:
+    # From the last timestep down, so that a single step begins there.
+    at = np.linspace(last - 1, 0, num_steps, dtype=np.float32)
   else:
-    # In float32 as in diffusers: the sigmas notice.
+    # In float32 as in diffusers: the sigmas notice. A single step of
+    # diffusers' linspace is at timestep 0.
     at = np.linspace(0, last - 1, num_steps, dtype=np.float32)[::-1]
   return at[:num_steps].astype(np.float64)
 
