@@ -1,5 +1,6 @@
 """The canvas: which pixel belongs to whom, and the maps that steer it."""
 
+import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,20 +47,62 @@ def test_grid_lines_lie_on_the_borders_of_cells():
   assert (wide[:, 30:34] == 0).all() and (wide[1:60, 34] == 255)[2:].all()
 
 
-def test_canny_draws_every_cell_once():
-  layout = canvas.Layout()
-  lines = canvas.line_map(canvas.grid_map(layout))
-  assert set(np.unique(lines)) == {0, 255}
-  assert (lines[..., 0] == lines[..., 1]).all()
-  at_rows = np.flatnonzero((lines[..., 0] > 0).mean(1) > 0.8)
-  at_columns = np.flatnonzero((lines[..., 0] > 0).mean(0) > 0.8)
-  for at, step, count in ((at_rows, 256, 6), (at_columns, 128, 7)):
-    near = np.abs(at - step * np.rint(at / step))
-    assert near.max() <= 2  # Nothing but borders ...
-    reached = set(np.rint(at / step).astype(int).tolist())
-    assert set(range(1, count)) <= reached  # ... and all inner ones.
-  for cell in canvas.cut(lines, layout):
-    assert not cell[4:-4, 4:-4].any()
+@pytest.mark.parametrize("line_width", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize(
+  "layout",
+  [
+    canvas.Layout(),
+    canvas.Layout(2, 3, (96, 48), 16),
+    canvas.Layout(1, 1, (31, 17), 1),
+    canvas.Layout(3, 14, (64, 32), 32),
+  ],
+  ids=str,
+)
+def test_edges_close_every_cell_and_lie_around_its_borders(layout, line_width):
+  """By hand: a frame of one pixel where a block begins, and nothing else."""
+  grid = canvas.grid_map(layout, line_width=line_width)
+  lines = canvas.line_map(grid)
+  assert lines.shape == (*layout.size, 3)
+  before, after = line_width // 2, (line_width + 1) // 2
+  expected = np.zeros(layout.size, np.uint8)
+  (height, width), (rows, cols) = layout.cell, (layout.rows, layout.cols)
+  for row in range(rows):
+    top = row * height + after
+    low = (row + 1) * height - (before if row < rows - 1 else after) - 1
+    for col in range(cols):
+      left = col * width + after
+      right = (col + 1) * width - (before if col < cols - 1 else after) - 1
+      expected[[top, low], left : right + 1] = 255
+      expected[top : low + 1, [left, right]] = 255
+  np.testing.assert_array_equal(lines, np.repeat(expected[..., None], 3, -1))
+  # No way leads out of a cell but over its frame.
+  dark = (lines[..., 0] == 0).astype(np.uint8)
+  _, regions = cv2.connectedComponents(dark, connectivity=8)
+  middles = canvas.cut(regions[..., None], layout)[:, height // 2, width // 2]
+  assert len(np.unique(middles)) == layout.num_cells
+  if line_width % 2 == 0:  # As far on one side of a border as on the other.
+    np.testing.assert_array_equal(lines, lines[::-1, ::-1])
+
+
+def test_edges_of_other_pictures_are_opencvs():
+  """Without pure black beside pure white, as in a photograph."""
+  rng = np.random.default_rng(0)
+  picture = np.kron(
+    rng.integers(1, 255, (6, 5, 3), dtype=np.uint8),
+    np.ones((8, 8, 1), np.uint8),
+  )
+  grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+  edges = cv2.Canny(grey, 100, 200)
+  assert edges.any()
+  for i in range(3):
+    np.testing.assert_array_equal(canvas.line_map(picture)[..., i], edges)
+
+
+def test_thresholds_above_a_step_find_no_edges():
+  grid = canvas.grid_map(SMALL)
+  assert not canvas.line_map(grid, high=1021).any()
+  assert canvas.line_map(grid, low=500, high=1000).any()
+  assert not canvas.line_map(canvas.grid_map(SMALL, line_width=0)).any()
 
 
 def test_skeletons_stand_in_their_cells():
@@ -89,5 +132,7 @@ def test_refuses_what_does_not_fit():
     canvas.Layout(rows=1, cols=7, cell=(224, 112))
   with pytest.raises(errors.UserError, match="positive"):
     canvas.Layout(rows=0)
+  with pytest.raises(errors.UserError, match=r"line_width=32: .*narrower"):
+    canvas.grid_map(SMALL, line_width=32)
   with pytest.raises(errors.UserError, match="128 x 96"):
     canvas.cut(np.zeros((128, 128, 3)), SMALL)

@@ -9,6 +9,8 @@ import numpy as np
 from dppp_jax import errors, types
 from dppp_jax.geneperson import poses
 
+_STEP = 4 * 255  # Canny's gradient where white lies beside black.
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -94,11 +96,19 @@ def grid_map(layout: Layout, *, line_width: int = 2) -> np.ndarray:
   Args:
     layout: of the cells.
     line_width: pixels; a line lies with one half on either side of a border,
-      on the edge of the canvas with the half that is inside.
+      on the edge of the canvas with the half that is inside. 0: no lines.
 
   Returns:
     uint8 [H, W, 3].
+
+  Raises:
+    errors.UserError: the lines are as wide as the cells.
   """
+  if line_width >= min(layout.cell):
+    raise errors.UserError(
+      f"line_width={line_width}: lines must be narrower than the cells of"
+      f" {layout.cell} pixels"
+    )
   height, width = layout.size
   grid = np.full((height, width, 3), 255, np.uint8)
   before, after = line_width // 2, line_width - line_width // 2
@@ -106,20 +116,26 @@ def grid_map(layout: Layout, *, line_width: int = 2) -> np.ndarray:
     (height, layout.cell[0], 0),
     (width, layout.cell[1], 1),
   ):
-    for at in range(0, size + 1, step):
-      line = slice(max(0, at - before), min(size, at + after))
-      grid[(line,) if axis == 0 else (slice(None), line)] = 0
+    lines = grid if axis == 0 else grid.swapaxes(0, 1)
+    lines[:after] = lines[size - after :] = 0
+    for at in range(step, size, step):
+      lines[at - before : at + after] = 0
   return grid
 
 
 def line_map(
   picture: np.ndarray, *, low: float = 100, high: float = 200
 ) -> np.ndarray:
-  """Returns the Canny edges of a uint8 [H, W, 3] picture, white on black.
+  """Returns the Canny edges of a picture, white on black.
+
+  OpenCV puts the edge between pure black and pure white on either side of the
+  step, keeps one side of a line of two pixels, and leaves corners open. So an
+  edge between these two is laid on the white pixels along it: on a grid a
+  closed frame in every block, equally far from the borders on all sides.
 
   Args:
-    picture: e.g. of `grid_map`.
-    low: threshold of weak edges.
+    picture: uint8 [H, W, 3], e.g. of `grid_map`.
+    low: threshold of weak edges, which count where they touch a strong one.
     high: threshold of strong ones.
 
   Returns:
@@ -127,6 +143,11 @@ def line_map(
   """
   grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
   edges = cv2.Canny(grey, low, high)
+  around = np.ones((3, 3), np.uint8)
+  steps = (grey == 255) & (cv2.erode(grey, around) == 0)
+  edges[cv2.dilate(steps.astype(np.uint8), around) > 0] = 0
+  if max(low, high) < _STEP:
+    edges[steps] = 255
   return np.repeat(edges[..., None], 3, axis=-1)
 
 
