@@ -13,7 +13,7 @@ import urllib.request
 from absl import flags
 
 from dppp_jax import cli, errors, logs
-from dppp_jax.geneperson import vocabulary
+from dppp_jax.geneperson import outfits, vocabulary
 
 _QUESTIONS = {
   "color": "Please list specific color names",
@@ -56,8 +56,28 @@ def main(args) -> None:
       print(f"{name}: {len(words) - len(refused)} of {len(words)} added")
       for word, reason in refused.items():
         print(f"  not {word!r}: it {reason}")
-  vocabulary.Vocabulary(raw, where="the longer vocabulary")
+  raw = _wearable(raw)
   out.write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+
+
+def _wearable(raw):
+  """Returns the vocabulary without types that the rules leave nobody."""
+  longer = vocabulary.Vocabulary(raw, where="the longer vocabulary")
+  for gender in longer.genders:
+    for key, word in outfits.unworn(longer, outfits.TYPES, gender):
+      print(f"  not {word!r} ({gender}): the rules let nothing go with it")
+      words = raw[key][gender] if isinstance(raw[key], dict) else raw[key]
+      words.remove(word)
+      return _wearable(raw)
+  for gender in longer.genders:
+    for key, words in outfits.shares(longer, gender).items():
+      for word, share in words.items():
+        if not 0.5 <= share <= 2:
+          print(
+            f"{key} ({gender}): {word!r} is worn {share:.1f} times as often as"
+            " the others: see the rules about it"
+          )
+  return raw
 
 
 def _ask(args, question: str) -> str:

@@ -1,30 +1,34 @@
 """Who the people are, and the prompts that draw them.
 
 Person `pid` is a pure function of (vocabulary, seed, pid), and no two people
-wear the same (upper, lower, footwear) x (type, colour, pattern): all outfits
-are numbered, a keyed permutation shuffles the numbers, and every pid owns a
-block of them, of which it takes the first that no rule objects to. So nobody
-needs to know the others, and asking for more people changes none of them.
+wear the same (upper, lower, footwear) x (type, colour, pattern). The plausible
+triples of types have weights that give every type its even share
+(`outfits.balance`). Places are numbered: a triple has as many of them as its
+weight says, each with other colours. A keyed permutation deals the places to
+the pids. So nobody needs to know the others, and asking for more people changes
+none of them.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import hashlib
-import math
 import string
 
 import numpy as np
 
 from dppp_jax import errors
+from dppp_jax.geneperson import outfits
 from dppp_jax.geneperson import vocabulary as vocabularies
 
 # The paper's template with the tags of the views moved to the front: where a
-# text encoder ends after 77 tokens, the canvas must not lose them.
+# text encoder ends after 77 tokens, the canvas must not lose them. The hair is
+# said in fewer words than the paper's ("{} hair color, {} hair, {} hair
+# texture"), so that all prompts of the shipped words fit.
 TEMPLATE = (
   "{gender}, {activity}, multiple views of the same character, multiple views,"
   " front view, side view, back view, simple background, {upper}, {lower},"
-  " {footwear}, {lighting}, {body}, {hair_color} hair color, {hair_length}"
-  " hair, {hair_texture} hair texture, {hair_style}, {skin} skin"
+  " {footwear}, {lighting}, {body}, {build} build body, {hair_color}"
+  " {hair_length} {hair_texture} hair, {hair_style}, {skin} skin"
 )
 BACKGROUND = "scenery, {place}, {lighting}, realistic, photo background"
 NEGATIVE = (
@@ -32,8 +36,9 @@ NEGATIVE = (
 )
 NEGATIVE_BACKGROUND = "person, people, crowd, text, watermark, blurry, lowres"
 
-_BLOCK = 1024  # Outfits that a pid may choose from.
 _ROUNDS = 6
+_TRIES = 100
+_NONE = vocabularies.NONE
 _PARTS = ("upper", "lower", "footwear")
 
 
@@ -43,7 +48,8 @@ class Person:
 
   Attributes:
     pid: its number.
-    words: a word for "gender" and every key of vocabulary.OUTFIT and EXTRAS.
+    words: a word for "gender", every key of vocabulary.OUTFIT and what else the
+      vocabulary lists; "none" for what the person has not, as hair.
   """
 
   pid: int
@@ -56,14 +62,14 @@ class Person:
 
   @property
   def attributes(self) -> dict[str, str]:
-    """The words as the dataset stores them."""
-    texture, style = self.words["hair_texture"], self.words["hair_style"]
+    """The words as the dataset stores them, "none" for hair of the bald."""
+    hair = (self.words["hair_texture"], self.words["hair_style"])
     kept = ("gender", *vocabularies.OUTFIT, "body", "skin")
     return {
       **{key: self.words[key] for key in kept},
       "hair_color": self.words["hair_color"],
       "hair_length": self.words["hair_length"],
-      "hair_style": f"{texture}, {style}",
+      "hair_style": ", ".join(word for word in hair if word != _NONE),
     }
 
   def prompt(self, template: str = TEMPLATE) -> str:
@@ -71,11 +77,13 @@ class Person:
 
     Args:
       template: with placeholders for words, and {upper}, {lower}, {footwear}.
+        What the person has not is left out, and with it the part between two
+        commas that speaks of nothing else.
 
     Raises:
       errors.UserError: a placeholder that there is no word for.
     """
-    values = dict(self.words)
+    values = {"build": _NONE, **self.words}
     for part in _PARTS:
       color, pattern, kind = (
         self.words[f"{part}_{what}"] for what in ("color", "pattern", "type")
@@ -91,7 +99,6 @@ class People:
   Attributes:
     vocabulary: the words.
     seed: of the people.
-    capacity: how many there are.
   """
 
   def __init__(
@@ -99,10 +106,11 @@ class People:
   ):
     self.vocabulary = vocabulary or vocabularies.default()
     self.seed = seed
-    self._radices = [self.vocabulary.values(key) for key in vocabularies.OUTFIT]
-    self._outfits = math.prod(len(words) for words in self._radices)
-    self._half = (max(self._outfits - 1, 3).bit_length() + 1) // 2
-    self.capacity = self._outfits // _BLOCK
+
+  @property
+  def capacity(self) -> int:
+    """How many people there are."""
+    return outfits.wardrobe(self.vocabulary).num_places
 
   def __getitem__(self, pid: int) -> Person:
     """Returns a person.
@@ -110,56 +118,50 @@ class People:
     Raises:
       errors.UserError: the vocabulary has no outfits left.
     """
-    if not 0 <= pid < self.capacity:
+    wardrobe = outfits.wardrobe(self.vocabulary)
+    if not 0 <= pid < wardrobe.num_places:
       raise errors.UserError(
-        f"pid {pid}: this vocabulary dresses {self.capacity} people: extend it"
-        " by data_tools/expand_vocabulary.py"
+        f"pid {pid}: this vocabulary dresses {wardrobe.num_places} people:"
+        " extend it by data_tools/expand_vocabulary.py"
       )
     rng = np.random.default_rng(np.random.SeedSequence((self.seed, 7, pid)))
-    pick = lambda words: words[int(rng.integers(len(words)))]
-    gender = pick(self.vocabulary.genders)
-    allowed = {
-      f"{part}_type": set(self.vocabulary.values(f"{part}_type", gender))
-      for part in _PARTS
-    }
-    extras = {
-      key: self.vocabulary.values(key, gender) for key in vocabularies.EXTRAS
-    }
-    for i in range(pid * _BLOCK, (pid + 1) * _BLOCK):
-      outfit = self._outfit(self._permute(i))
-      if any(outfit[key] not in words for key, words in allowed.items()):
-        continue
-      if self.vocabulary.objection(outfit) is not None:
-        continue
-      for _ in range(100):
-        words = {"gender": gender, **outfit}
-        words |= {key: pick(values) for key, values in extras.items()}
-        if self.vocabulary.objection(words) is None:
-          return Person(pid, words)
+    known = self.vocabulary
+    place = wardrobe.place(self._permute(pid, wardrobe.num_places))
+    number = self._permute(
+      place.number, place.count, "/".join(place.types.values())
+    )
+    outfit = {"gender": place.gender, **place.types}
+    outfit |= wardrobe.colors(place.types, number)
+    hair = outfits.balanced(known, outfits.HAIR, place.gender)
+    others = [key for key in known.keys if key not in outfits.HAIR]
+    for _ in range(_TRIES):
+      patterns = outfits.choose(known, outfits.PATTERNS, outfit, rng)
+      if patterns is None:
+        break
+      words = outfit | patterns | hair.pick(rng.random())
+      for key in others:
+        values = known.values(key, place.gender)
+        words[key] = values[int(rng.integers(len(values)))]
+      if known.objection(words) is None:
+        order = ("gender", *vocabularies.OUTFIT, *known.keys)
+        return Person(pid, known.bare({key: words[key] for key in order}))
     raise errors.UserError(
       f"pid {pid}: the rules object to every combination tried: they leave too"
       " little of the vocabulary"
     )
 
-  def _outfit(self, number: int) -> dict[str, str]:
-    """Returns the outfit of a number, digit by digit."""
-    words = {}
-    for key, values in zip(vocabularies.OUTFIT, self._radices, strict=True):
-      number, digit = divmod(number, len(values))
-      words[key] = values[digit]
-    return words
-
-  def _permute(self, number: int) -> int:
-    """A keyed bijection of 0 .. outfits - 1 (Feistel network, cycle walked)."""
-    mask = (1 << self._half) - 1
+  def _permute(self, number: int, count: int, key: str = "") -> int:
+    """A keyed bijection of 0 .. count - 1 (Feistel network, cycle walked)."""
+    half = (max(count - 1, 3).bit_length() + 1) // 2
+    mask = (1 << half) - 1
     while True:
-      left, right = number >> self._half, number & mask
+      left, right = number >> half, number & mask
       for i in range(_ROUNDS):
-        key = f"{self.seed}/{i}/{right}".encode()
-        digest = hashlib.blake2b(key, digest_size=8).digest()
+        text = f"{self.seed}/{key}/{i}/{right}".encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
         left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-      number = left << self._half | right
-      if number < self._outfits:
+      number = left << half | right
+      if number < count:
         return number
 
 
@@ -198,4 +200,13 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
         f"template: {{{name}}} takes no format: leave out what is behind it in"
         " the braces"
       )
-  return template.format(**values)
+  parts = []
+  for part in template.split(","):
+    names = {name for _, name, _, _ in string.Formatter().parse(part)} - {None}
+    absent = {name for name in names if values[name] == _NONE}
+    text = part.format(**values | dict.fromkeys(absent, ""))
+    if absent:
+      text = part[: len(part) - len(part.lstrip())] + " ".join(text.split())
+    if not absent or absent < names:
+      parts.append(text)
+  return ",".join(parts).lstrip() if parts else ""

@@ -1,4 +1,10 @@
-"""The words for people and places: read, checked, and extended by answers."""
+"""The words for people and places: read, checked, and extended by answers.
+
+A rule says of some words which others do not go with them. It speaks of words,
+or of kinds of words ("upper_type_kind": ["dress"]): a vocabulary lists for each
+kind the words and the endings of words that are of it, so that a rule about
+coats holds for a coat that was added later.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 import functools
@@ -7,6 +13,8 @@ import json
 import pathlib
 import re
 from typing import Any
+
+import numpy as np
 
 from dppp_jax import errors
 
@@ -24,7 +32,13 @@ _LISTS = (
   "gender", "place", "forbidden", "color", "hair_color",
   *(key for key in OUTFIT + EXTRAS if not key.endswith("_color")),
 )  # fmt: skip
+_OPTIONAL = ("build",)  # Not in every vocabulary.
 _PLAIN = ("gender", "forbidden")
+_KIND = "_kind"  # Ends the name of an attribute's kind.
+NONE = "none"  # In place of a word for what somebody has not.
+# What a rule may say that somebody has not.
+_SPARED = ("body", "skin", "hair_color", "hair_length", "hair_texture")
+_PARTS = ("when", "only", "not")  # Of a rule: words by attribute.
 _MAX_CHARS, _MAX_WORDS = 40, 5
 # Long phrases on purpose: tags of a background, of a light.
 _PHRASES = ("place", "lighting")
@@ -37,6 +51,7 @@ class Vocabulary:
     raw: the JSON object.
     digest: hex digest of it; the people are a function of (digest, seed, pid).
     genders: the values of "gender".
+    keys: attributes of a person beside gender and clothes.
   """
 
   def __init__(self, raw: Mapping[str, Any], *, where: str = "vocabulary"):
@@ -45,13 +60,22 @@ class Vocabulary:
     text = json.dumps(raw, sort_keys=True, ensure_ascii=False)
     self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     self.genders = tuple(raw["gender"])
+    self.keys = (*EXTRAS, *(key for key in _OPTIONAL if key in raw))
+    self._kinds = _kinds(raw)
     self._rules = [
       tuple(
         {key: frozenset(words) for key, words in rule.get(part, {}).items()}
-        for part in ("when", "only", "not")
+        for part in _PARTS
       )
       for rule in raw["rules"]
     ]
+    self._lacking = [
+      (parts[0], frozenset(rule["none"]))
+      for rule, parts in zip(raw["rules"], self._rules, strict=True)
+      if "none" in rule
+    ]
+    self._about: dict[tuple[str, ...], list[int]] = {}
+    self._masks: dict[Any, np.ndarray] = {}
 
   def values(self, key: str, gender: str | None = None) -> tuple[str, ...]:
     """Returns the words for an attribute: of one gender, or of all."""
@@ -71,18 +95,108 @@ class Vocabulary:
     Args:
       words: {attribute: word}; a rule about an absent attribute is silent.
     """
+    known = self._with_kinds(words)
     for rule, (when, only, never) in zip(
       self.raw["rules"], self._rules, strict=True
     ):
-      if all(words.get(key) in values for key, values in when.items()) and (
-        any(words.get(key, None) in values for key, values in never.items())
-        or any(
-          key in words and words[key] not in values
-          for key, values in only.items()
-        )
+      if not _holds(when, known):
+        continue
+      if any(known.get(key) in values for key, values in never.items()) or any(
+        key in known and known[key] not in values
+        for key, values in only.items()
       ):
         return rule["why"]
     return None
+
+  def bare(self, words: Mapping[str, str]) -> dict[str, str]:
+    """Returns the words, NONE for what a rule says that somebody has not."""
+    known, bare = self._with_kinds(words), dict(words)
+    for when, lacking in self._lacking:
+      if _holds(when, known):
+        bare |= dict.fromkeys(lacking & words.keys(), NONE)
+    return bare
+
+  def plausible(
+    self,
+    keys: Sequence[str],
+    known: Mapping[str, str],
+    *,
+    gender: str | None = None,
+  ) -> np.ndarray:
+    """Says which combinations of words no rule objects to, all at once.
+
+    Args:
+      keys: attributes, one for each axis.
+      known: words of other attributes; the rules see no others.
+      gender: whose words; None: of all.
+
+    Returns:
+      bool [n, ...] in the order of `values` of each key. Do not write to it.
+    """
+    told = self._with_kinds(known)
+    names = {name for key in keys for name in (key, key + _KIND)}
+    open_rules = []
+    for i in self._speaking(keys):
+      when, only, never = self._rules[i]
+      if any(told.get(k) not in when[k] for k in when.keys() - names):
+        continue
+      # Whether what is known breaks the rule, should its condition hold.
+      is_broken = any(
+        told.get(k) in never[k] for k in never.keys() - names
+      ) or any(told[k] not in only[k] for k in only.keys() - names if k in told)
+      open_rules.append((i, is_broken))
+    case = (tuple(keys), gender, tuple(open_rules))
+    if case not in self._masks:
+      self._masks[case] = self._mask(keys, gender, open_rules)
+    return self._masks[case]
+
+  def _speaking(self, keys: Sequence[str]) -> list[int]:
+    """Returns which rules speak of some attributes."""
+    keys = tuple(keys)
+    if keys not in self._about:
+      names = {name for key in keys for name in (key, key + _KIND)}
+      self._about[keys] = [
+        i
+        for i, parts in enumerate(self._rules)
+        if any(names & part.keys() for part in parts)
+      ]
+    return self._about[keys]
+
+  def _mask(
+    self, keys: Sequence[str], gender: str | None, open_rules: Sequence[Any]
+  ) -> np.ndarray:
+    lists = [self.values(key, gender) for key in keys]
+
+    def among(name: str, allowed: frozenset[str]) -> np.ndarray:
+      axis = list(keys).index(name.removesuffix(_KIND))
+      kinds = [self._kinds.get((name, word), word) for word in lists[axis]]
+      shape = [1] * len(keys)
+      shape[axis] = -1
+      return np.array([kind in allowed for kind in kinds]).reshape(shape)
+
+    names = {name for key in keys for name in (key, key + _KIND)}
+    mask = np.ones([len(words) for words in lists], bool)
+    for i, is_broken in open_rules:
+      when, only, never = (
+        {k: v for k, v in part.items() if k in names} for part in self._rules[i]
+      )
+      breaks = np.array(is_broken)
+      for name, words in never.items():
+        breaks = breaks | among(name, words)
+      for name, words in only.items():
+        breaks = breaks | ~among(name, words)
+      for name, words in when.items():
+        breaks = breaks & among(name, words)
+      mask &= ~breaks
+    return mask
+
+  def _with_kinds(self, words: Mapping[str, str]) -> dict[str, str]:
+    """Returns the words and their kinds, without what somebody has not."""
+    known = {key: word for key, word in words.items() if word != NONE}
+    for key, word in list(known.items()):
+      if kind := self._kinds.get((key + _KIND, word)):
+        known[key + _KIND] = kind
+    return known
 
 
 @functools.cache
@@ -150,9 +264,12 @@ def merge(
   """
   raw = json.loads(json.dumps(raw))
   target = raw[key] if gender is None else raw[key][gender]
+  kinds = raw.get("kinds", {}).get(key)
   refused = {}
   for word in words:
     fault = _fault(word, raw["forbidden"])
+    if fault is None and kinds is not None and _kind(word, kinds) is None:
+      fault = f"is of no kind that rules know: add its last word to kinds.{key}"
     if fault is None and _bare(word) in {_bare(known) for known in target}:
       fault = "is there already"
     if fault is None:
@@ -179,6 +296,36 @@ def _bare(word: str) -> str:
   return re.sub(r"[^a-z]", "", word.lower()).removesuffix("s")
 
 
+def _holds(
+  when: Mapping[str, frozenset[str]], known: Mapping[str, str]
+) -> bool:
+  """Whether the condition of a rule is met."""
+  return all(known.get(key) in values for key, values in when.items())
+
+
+def _kind(word: str, kinds: Mapping[str, Sequence[str]]) -> str | None:
+  """Returns the kind that lists the longest ending of a word, or None."""
+  known = {
+    _bare(ending): kind for kind, ends in kinds.items() for ending in ends
+  }
+  parts = word.split()
+  for i in range(len(parts)):
+    if kind := known.get(_bare(" ".join(parts[i:]))):
+      return kind
+  return None
+
+
+def _kinds(raw: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+  """Returns {(attribute's kind, word): kind} of a vocabulary's words."""
+  found = {}
+  for key, kinds in raw.get("kinds", {}).items():
+    lists = raw[key].values() if isinstance(raw[key], Mapping) else [raw[key]]
+    for word in dict.fromkeys(word for words in lists for word in words):
+      if kind := _kind(word, kinds):
+        found[key + _KIND, word] = kind
+  return found
+
+
 def _is_words(value: Any) -> bool:
   return isinstance(value, list) and all(isinstance(x, str) for x in value)
 
@@ -189,7 +336,8 @@ def _check(raw: Any, where: str) -> None:
     raise errors.UserError(f"{where} holds no JSON object: begin from {PATH}")
   if missing := [k for k in (*_LISTS, "rules") if k not in raw]:
     raise errors.UserError(f"{where} lacks the lists {', '.join(missing)}")
-  keys = dict.fromkeys((*_LISTS, *(key for key in OUTFIT if key in raw)))
+  others = (key for key in (*OUTFIT, *_OPTIONAL) if key in raw)
+  keys = dict.fromkeys((*_LISTS, *others))
   for key in keys:  # Of them "gender" is the first.
     parts = raw[key] if isinstance(raw[key], Mapping) else {"": raw[key]}
     if not all(map(_is_words, parts.values())):
@@ -213,16 +361,49 @@ def _check(raw: Any, where: str) -> None:
         for fault in (_fault(tag, raw["forbidden"]) for tag in tags):
           if fault:
             raise errors.UserError(f"{where}: {key}: {word!r} {fault}")
+  _check_kinds(raw, keys, where)
+  _check_rules(raw, keys, where)
+
+
+def _check_kinds(raw: Mapping[str, Any], keys: Iterable[str], where: str):
+  """Raises a UserError for kinds that do not tell the words apart."""
+  for key, kinds in _mapping(raw.get("kinds", {}), f"{where}: kinds").items():
+    name = f"{where}: kinds.{key}"
+    if key not in keys or key in _PLAIN:
+      raise errors.UserError(f"{name}: there is no such list of words")
+    if not all(map(_is_words, _mapping(kinds, name).values())):
+      raise errors.UserError(f"{name} should give a list of words by kind")
+    ends = [set(map(_bare, words)) for words in kinds.values()]
+    for end in set().union(*ends):
+      if sum(end in some for some in ends) > 1:
+        raise errors.UserError(f"{name}: {end!r} is of two kinds")
+    lists = raw[key].values() if isinstance(raw[key], Mapping) else [raw[key]]
+    for word in (word for words in lists for word in words):
+      if _kind(word, kinds) is None:
+        raise errors.UserError(
+          f"{name}: {word!r} is of no kind: list it, or its last word"
+        )
+
+
+def _check_rules(raw: Mapping[str, Any], keys: Iterable[str], where: str):
+  """Raises a UserError for rules about words that there are not."""
   if not isinstance(raw["rules"], list):
     raise errors.UserError(f"{where}: rules should be a list")
   for rule in raw["rules"]:
-    known = {"why", "when", "only", "not"}
+    known = {"why", *_PARTS, "none"}
     if not isinstance(rule, Mapping) or not {"why"} <= rule.keys() <= known:
       raise errors.UserError(
-        f"{where}: a rule has why, when, and only or not, not"
+        f"{where}: a rule has why, when, and only, not or none, not"
         f" {list(rule) if isinstance(rule, Mapping) else rule!r}"
       )
-    for part in ("when", "only", "not"):
+    name = f"{where}: the rule {rule['why']!r}"
+    spared = rule.get("none", [])
+    if not _is_words(spared) or set(spared) - set(_SPARED):
+      raise errors.UserError(
+        f"{name} says of {spared!r} that somebody has none: that can be said"
+        f" of {', '.join(_SPARED)}"
+      )
+    for part in _PARTS:
       given = rule.get(part, {})
       if not isinstance(given, Mapping) or not all(
         map(_is_words, given.values())
@@ -235,10 +416,26 @@ def _check(raw: Any, where: str) -> None:
         lists = raw[key] if key in keys else ()
         if key in OUTFIT and key not in keys:
           lists = raw["color"]
+        if key.endswith(_KIND):
+          lists = list(raw.get("kinds", {}).get(key.removesuffix(_KIND), {}))
         lists = lists.values() if isinstance(lists, Mapping) else [lists]
         unknown = set(words) - {word for words in lists for word in words}
         if unknown:
           raise errors.UserError(
-            f"{where}: the rule {rule['why']!r} speaks of {key}"
-            f" {sorted(unknown)[0]!r}, which is in no list"
+            f"{name} speaks of {key} {sorted(unknown)[0]!r}, which is in no"
+            " list"
           )
+    named = {key for part in _PARTS for key in rule.get(part, {})}
+    if "gender" in named and any(
+      key in named for key in OUTFIT if key.endswith("_color")
+    ):
+      raise errors.UserError(
+        f"{name} speaks of gender and of a colour of clothes: colours are the"
+        " same for all, so that no outfit is worn twice"
+      )
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+  if not isinstance(value, Mapping):
+    raise errors.UserError(f"{name} should be an object, not {value!r}")
+  return value
