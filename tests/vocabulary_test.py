@@ -513,6 +513,31 @@ def test_rules_that_leave_nothing_are_named(raw):
     drawn[0]
 
 
+def test_tool_counts_tokens(tmp_path, monkeypatch, capsys):
+  """With the small vocabulary that is shipped; CLIP's is not."""
+  tool = str(ROOT / "data_tools/clip_token_counts.py")
+  out = tmp_path / "counts.json"
+  folder = ROOT / "dppp_jax/assets/mini/clip"
+
+  def run(*args):
+    monkeypatch.setattr("sys.argv", [tool, f"--tokenizer={folder}", *args])
+    with pytest.raises(SystemExit) as caught:
+      runpy.run_path(tool, run_name="__main__")
+    return caught.value.code or 0
+
+  assert run(f"--out={out}") == 0
+  counts, clips = (
+    json.loads(path.read_text())
+    for path in (out, ROOT / "tests/clip_token_counts.json")
+  )
+  assert counts.keys() == clips.keys()
+  assert counts["walking"] == clips["walking"] == 1
+  assert run(f"--out={out}", "--check") == 0
+  assert "agrees" in capsys.readouterr().out
+  assert run("--check") == 2
+  assert "is not of this tokenizer" in capsys.readouterr().err
+
+
 class _Stub(http.server.BaseHTTPRequestHandler):
   """A language model that knows two answers."""
 
