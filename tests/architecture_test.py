@@ -13,6 +13,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # that are not named here are rooms of their own, and so must be added.
 _FLOORS = {
   "errors": 0,
+  "files": 1,
   "types": 1,
   "trees": 1,
   "rngs": 1,

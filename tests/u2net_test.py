@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 
@@ -227,7 +228,7 @@ def test_onnx_of_torchs_exporter(
   data = path.read_bytes()
   for size in (0, 10, len(data) // 3, len(data) - 7):
     path.write_bytes(data[:size])
-    with pytest.raises(errors.UserError, match="truncated or no ONNX"):
+    with pytest.raises(errors.UserError, match="is truncated"):
       weights.load(path)
 
 
@@ -390,5 +391,81 @@ def test_other_networks_are_refused(oracle, tmp_path):
   with pytest.raises(errors.UserError, match=r"head\.weight"):
     weights.load(tmp_path / "c.pth")
   (tmp_path / "d.onnx").write_bytes(b"not an onnx file at all")
-  with pytest.raises(errors.UserError, match="truncated or no ONNX"):
+  with pytest.raises(errors.UserError, match="is a text that begins 'not an"):
     weights.load(tmp_path / "d.onnx")
+
+
+def _node(op, *inputs):
+  return b"".join(
+    [*(_field(1, name) for name in inputs), _field(2, b"y"), _field(4, op)]
+  )
+
+
+@pytest.mark.parametrize(
+  "op", [b"QLinearConv", b"ConvInteger", b"DequantizeLinear"]
+)
+def test_8_bits_are_not_said_to_be_truncated(tmp_path, op):
+  path = tmp_path / "silueta.ONNX"
+  graph = _field(1, _node(op, b"x", b"w")) + _field(1, _node(b"Conv", b"x"))
+  path.write_bytes(_field(7, graph))
+  with pytest.raises(errors.UserError, match="is quantised") as caught:
+    weights.load(path)
+  assert op.decode() in str(caught.value)
+  assert "truncated" not in str(caught.value)
+
+
+def _plain(op, tensor, *, is_constant=False):
+  """A graph of one convolution, whose kernel is stored or made by a node."""
+  constant = _node(b"Constant") + _field(5, _field(5, tensor))
+  constant = constant.replace(_field(2, b"y"), _field(2, b"w"))
+  graph = _field(1, constant) if is_constant else _field(5, tensor)
+  return _field(7, graph + _field(1, _node(op, b"x", b"w")))
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+def test_other_networks_of_onnx_are_named(tmp_path, is_constant):
+  from dppp_jax.weights import onnx
+
+  kernel = np.arange(6, dtype=np.float32).reshape(1, 6, 1, 1)
+  tensor = b"".join(_field(1, n) for n in kernel.shape) + _field(2, 1)
+  tensor += _field(8, b"w") + _field(9, kernel.tobytes())
+  path = tmp_path / "birefnet.onnx"
+  path.write_bytes(_plain(b"Conv", tensor, is_constant=is_constant))
+  (conv,) = onnx.read_convs(path)
+  np.testing.assert_array_equal(conv.weight, kernel)
+  with pytest.raises(errors.UserError, match=r"another network .*1 convol"):
+    weights.load(path)
+  path.write_bytes(_plain(b"MatMul", tensor))
+  with pytest.raises(errors.UserError, match=r"another network .*0 convol"):
+    weights.load(path)
+
+
+@pytest.mark.parametrize(
+  "names, said",
+  [
+    (("conv_in.weight", "stage1.rebnconvin.conv_s1.weight"), "an ISNet"),
+    (("bb.patch_embed.proj.weight",), "a BiRefNet"),
+    (("backbone.model.features.0.0.weight",), "a MODNet"),
+    (
+      ("outconv.weight", "stage1.rebnconvin.conv_s1.weight"),
+      "a U2-Net of 4 classes",
+    ),
+  ],
+)
+def test_networks_of_the_same_purpose_are_named(tmp_path, names, said):
+  path = tmp_path / "x.safetensors"
+  tensors = {name: np.ones((4, 1, 1, 1), np.float32) for name in names}
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(errors.UserError, match=f"is {said}.*, no U2-Net"):
+    weights.load(path)
+
+
+def test_a_folder_of_several_onnx_files_asks_for_one(tmp_path):
+  for name in ("u2net.onnx", "u2netp.onnx"):
+    (tmp_path / name).write_bytes(b"\x08\x07")
+  said = r"holds 2 \.onnx files \(u2net.onnx, u2netp.onnx\): name one"
+  with pytest.raises(errors.UserError, match=said):
+    weights.load(tmp_path)
+  (tmp_path / "u2netp.onnx").unlink()
+  (tmp_path / "._u2net.onnx").write_bytes(b"x")
+  assert weights.locate(tmp_path).name == "u2net.onnx"

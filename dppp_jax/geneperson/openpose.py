@@ -11,14 +11,13 @@ to 1 or from -1 to 1 (OpenPose's --keypoint_scale 3 and 4).
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any, Literal
 
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, files
 from dppp_jax.geneperson import poses
 
 Path = str | pathlib.Path
@@ -183,13 +182,8 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
       f"{path} does not exist: give a JSON file of OpenPose, or a folder of"
       " them"
     )
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:  # Of Unicode, too.
-    raise errors.UserError(
-      f"{path} is not JSON ({str(error).splitlines()[0]}): write it with"
-      " OpenPose's --write_json, or with an editor of poses"
-    ) from error
+  wanted = "write it with OpenPose's --write_json, or with an editor of poses"
+  values = files.read_json(path, wanted=wanted)
   if isinstance(values, list):  # Editors for videos: a list of frames.
     if len(values) != 1:
       raise errors.UserError(

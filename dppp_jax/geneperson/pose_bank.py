@@ -20,7 +20,7 @@ from typing import overload
 
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, files
 from dppp_jax.geneperson import openpose, poses
 
 Path = str | pathlib.Path
@@ -312,24 +312,24 @@ def read_openpose(
     errors.UserError: as `openpose.read`, or two files hold the same skeleton.
   """
   path = pathlib.Path(path).expanduser()
-  files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-  if not files:
+  found = files.visible(path, ".json") if path.is_dir() else [path]
+  if not found:
     raise errors.UserError(
       f"{path} holds no .json file: give a folder of OpenPose's JSON files"
     )
   members = []
-  for file in files:
-    found = openpose.read(file, threshold=threshold, several=several)
-    azimuth = openpose.azimuth(found)
+  for file in found:
+    figure = openpose.read(file, threshold=threshold, several=several)
+    azimuth = openpose.azimuth(figure)
     members.append(
       Pose(
         name=str(file),
-        number=_number(found),
+        number=_number(figure),
         view=poses.View(azimuth).name,
         azimuth=azimuth,
         activity="",
         shape="",
-        figure=found,
+        figure=figure,
       )
     )
   return Bank(members)

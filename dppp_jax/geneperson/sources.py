@@ -11,7 +11,7 @@ import contextlib
 import pathlib
 from typing import Any, Protocol
 
-from dppp_jax import errors, types
+from dppp_jax import errors, files, types
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import schedulers
 from dppp_jax.geneperson import digests
@@ -310,18 +310,21 @@ def describe_controlnet(
 
 
 def describe_lora(one: lora.Lora) -> digests.Source:
-  """Returns the file of a LoRA."""
-  path = lora_keys.locate(one.path)
-  return digests.Source(path.name, {"": path})
+  """Returns the file of a LoRA, and peft's configuration where it counts."""
+  found = lora_keys.files_of(one.path)
+  if len(found) == 1:
+    return digests.Source(found[0].name, {"": found[0]})
+  return _source(found[-1].name, found[-1].parent, found)
 
 
 def describe_u2net(spec: Path) -> digests.Source:
   """Returns the file, or the shards, of a U2-Net."""
   path = u2net.locate(spec)
-  files = [path] if path.suffix == ".onnx" else hub.weight_files(path)
-  if len(files) == 1:
-    return digests.Source(files[0].name, {"": files[0]})
-  return _source(path.name, files[0].parent, files)
+  is_onnx = files.suffix(path) == ".onnx"
+  found = [path] if is_onnx else hub.weight_files(path)
+  if len(found) == 1:
+    return digests.Source(found[0].name, {"": found[0]})
+  return _source(path.name, found[0].parent, found)
 
 
 def param_shapes(parts: components_lib.Components) -> types.Params:
@@ -356,7 +359,7 @@ def _read_index(root: pathlib.Path) -> dict[str, Any]:
         " give a Stable Diffusion 1.x, 2.x or XL"
       )
     return index
-  singles = sorted(root.glob("*.safetensors"))
+  singles = files.visible(root, ".safetensors")
   if (root / "config.json").is_file():
     kind = hub.read_json(root / "config.json").get("_class_name", "network")
     said = f"is the folder of one {kind}"

@@ -14,7 +14,7 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, files
 
 # What is fetched from a hub: repositories also hold the same weights for
 # other frameworks, gigabytes of them.
@@ -85,10 +85,15 @@ def resolve(
   path = pathlib.Path(spec).expanduser()
   if path.exists():
     return path
+  if path.is_symlink():
+    raise errors.UserError(
+      f"{path} is a link to {path.readlink()}, which does not exist: fetch the"
+      " file again, or correct the link"
+    )
   text = str(spec)
   parent = path.parent
   is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", text) is not None
-  if not is_id or parent.exists() or path.suffix in _READERS:
+  if not is_id or parent.exists() or files.suffix(path) in _READERS:
     raise errors.UserError(
       f"{text} does not exist: give a folder with config.json and"
       " model.safetensors, a file, or a hub id such as"
@@ -101,7 +106,7 @@ def resolve(
     if choose is not None:
       patterns = _choose(text, patterns, choose)
     folder = huggingface_hub.snapshot_download(text, allow_patterns=patterns)
-    if has_weights and not any(pathlib.Path(folder).glob("*.safetensors")):
+    if has_weights and not files.visible(folder, ".safetensors"):
       # Repositories older than safetensors.
       folder = huggingface_hub.snapshot_download(
         text, allow_patterns=[*patterns, *_PICKLES]
@@ -141,12 +146,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(
       f"{path} does not exist: is {path.parent} a checkpoint folder?"
     )
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise errors.UserError(
-      f"{path} is not JSON ({error}): fetch it again"
-    ) from error
+  values = files.read_json(path)
   if not isinstance(values, dict):
     raise errors.UserError(f"{path} holds no JSON object: fetch it again")
   return values
@@ -168,7 +168,22 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     errors.UserError: nothing to read, or it is damaged.
   """
   path = _file(path)
-  return _READERS[path.suffix](path)
+  return _READERS[files.suffix(path)](path)
+
+
+def metadata(path: str | pathlib.Path) -> dict[str, str]:
+  """Returns the texts in the header of a .safetensors file; else none.
+
+  Args:
+    path: as of `read_tensors`, which has found it sound; of shards none.
+  """
+  path = _file(path)
+  if files.suffix(path) != ".safetensors":
+    return {}
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    values = json.loads(file.read(length)).get("__metadata__")
+  return values if isinstance(values, dict) else {}
 
 
 def weight_files(path: str | pathlib.Path) -> list[pathlib.Path]:
@@ -181,7 +196,8 @@ def weight_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     errors.UserError: there is nothing to read.
   """
   path = _file(path)
-  return [path, *_shards(path)] if path.suffix == ".json" else [path]
+  is_index = files.suffix(path) == ".json"
+  return [path, *_shards(path)] if is_index else [path]
 
 
 def check(path: str | pathlib.Path) -> None:
@@ -197,18 +213,20 @@ def check(path: str | pathlib.Path) -> None:
     errors.UserError: nothing to read, or it is damaged.
   """
   for file in weight_files(path):
-    if file.suffix == ".safetensors":
+    _check_kind(file)
+    if files.suffix(file) == ".safetensors":
       _read_safetensors(file)
 
 
 def _file(path: str | pathlib.Path) -> pathlib.Path:
   """Returns the file that stands for all weights of a path."""
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if path.is_dir():
     path = _weights_in(path)
   if not path.exists():
     raise errors.UserError(f"{path} does not exist: give a checkpoint")
-  if path.suffix not in _READERS:
+  _check_kind(path)
+  if files.suffix(path) not in _READERS:
     raise errors.UserError(
       f"{path} is no checkpoint that can be read: give one that ends in"
       f" {', '.join(_READERS)}"
@@ -216,13 +234,35 @@ def _file(path: str | pathlib.Path) -> pathlib.Path:
   return path
 
 
+def _check_kind(path: pathlib.Path) -> None:
+  """Refuses what is no file of weights, or of another format than its name."""
+  is_index = files.suffix(path) == ".json"
+  files.refuse_impostor(path, is_text=is_index)
+  if is_index:
+    return
+  is_safe = files.is_safetensors(path)
+  with path.open("rb") as file:
+    is_torch = file.read(4).startswith((b"PK\3\4", b"\x80\2"))
+  is_named_safe = files.suffix(path) == ".safetensors"
+  if is_named_safe and is_torch and not is_safe:
+    raise errors.UserError(
+      f"{path} is a torch file or a zip archive, no safetensors file, against"
+      " its name: rename it to .ckpt (nothing in it is run)"
+    )
+  if not is_named_safe and is_safe and files.suffix(path) in _READERS:
+    raise errors.UserError(
+      f"{path} is a safetensors file, against its name: rename it to"
+      f" {path.stem}.safetensors"
+    )
+
+
 def _weights_in(folder: pathlib.Path) -> pathlib.Path:
   for form in _FORMS:
     for stem in _STEMS:
       if (path := folder / f"{stem}{form}").is_file():
         return path
-  for suffix in (".safetensors", ".bin", ".pt", ".pth"):
-    found = sorted(folder.glob(f"*{suffix}"))
+  for suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+    found = files.visible(folder, suffix)
     if len(found) == 1:
       return found[0]
     if found:
@@ -230,6 +270,9 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
         f"{folder} holds {len(found)} {suffix} files and none has a usual"
         f" name: name one, e.g. {found[0]}"
       )
+  for path in sorted(folder.iterdir()):
+    if path.is_symlink() and not path.exists():
+      resolve(path)  # Says where the link leads.
   raise errors.UserError(
     f"{folder} holds no weights: a checkpoint folder has model.safetensors (or"
     " its shards with model.safetensors.index.json) beside config.json"
@@ -282,10 +325,6 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   size = path.stat().st_size
   raw = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-  if bytes(raw[:16]).startswith(b"version https://"):
-    raise errors.UserError(
-      f"{path} is a Git LFS pointer, not the weights: run git lfs pull"
-    )
   base = 8 + int.from_bytes(bytes(raw[:8]), "little")
   damaged = lambda why: errors.UserError(
     f"{path} is truncated or no safetensors file ({why}): fetch it again"
@@ -294,7 +333,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise damaged("the header is incomplete")
   tensors = {}
   try:
-    header = json.loads(bytes(raw[8:base]))
+    header = json.loads(bytes(raw[8:base]), object_pairs_hook=files.unique)
     header.pop("__metadata__", None)
     entries = [
       (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
@@ -306,7 +345,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       for _, kind, shape, start, end in entries
     )
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise damaged("the header cannot be read") from error
+    raise damaged(f"the header cannot be read, {error}") from error
   except RecursionError as error:
     raise damaged("the header is nested without end") from error
   if not is_sound:

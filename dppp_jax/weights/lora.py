@@ -156,6 +156,13 @@ def _check_matched(lora: Lora, file: lora_keys.File, allow: bool) -> None:
     if lora.scale_of(lora_keys.component(name)) != 0
   ]
   count = len(file.modules) + len(unmatched)
+  if not file.modules and file.foreign:
+    raise errors.UserError(
+      f"{file.path} holds {', '.join(file.foreign)}, which is not merged here"
+      f" ({len(file.unmatched)} modules, first"
+      f" {', '.join(file.unmatched[:_SHOWN])}): use a LoRA, LoHa or LoKr of the"
+      " same"
+    )
   if not file.modules:
     raise errors.UserError(
       f"{file.path} matches no module of this base model (it holds"
@@ -186,7 +193,7 @@ def _merge_file(
   matched: dict[str, int] = {}
   kinds: dict[str, int] = {}
   misfits = []
-  skipped = 0
+  skipped, is_empty = 0, True
   desc = f"merging {file.path.name}"
   for target, parts in logs.progress(file.modules.items(), desc=desc):
     scale = lora.scale_of(target.component)
@@ -201,6 +208,7 @@ def _merge_file(
     for name, value in ((leaf, delta), (f"{target.path}/bias", bias)):
       if value is None:
         continue
+      is_empty = is_empty and not np.any(value)
       shape = None
       if name in flat:
         whole = merged.get((target.component, name), flat[name])
@@ -220,6 +228,11 @@ def _merge_file(
       f"{file.path} is made for another base model: {len(misfits)} of"
       f" {len(file.modules)} modules have other shapes, first"
       f" {misfits[0]}{_base(file)}"
+    )
+  if matched and is_empty:
+    raise errors.UserError(
+      f"{file.path} changes nothing: all that it would add is 0; it was never"
+      " trained, or is damaged: use another one, or leave it out"
     )
   return Report(file.path, matched, kinds, tuple(file.unmatched), skipped)
 

@@ -13,16 +13,28 @@ import pathlib
 
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, files
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DTYPES = {1: np.float32, 10: np.float16, 11: np.float64}
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_INPUT, _NODE_OUTPUT, _NODE_OP = 1, 2, 4
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OP, _NODE_ATTRIBUTE = 1, 2, 4, 5
+_ATTRIBUTE_TENSOR = 5
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_FLOATS, _TENSOR_NAME = 1, 2, 4, 8
 _TENSOR_RAW, _TENSOR_LOCATION = 9, 14
+# What only networks of whole numbers have.
+_QUANTISED = frozenset(
+  (
+    "ConvInteger",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "MatMulInteger",
+    "QLinearConv",
+    "QuantizeLinear",
+  )
+)
 
 
 @dataclasses.dataclass
@@ -45,65 +57,90 @@ def read_convs(path: str | pathlib.Path) -> list[Conv]:
   """Returns all convolutions of an ONNX file in the order of its graph.
 
   Raises:
-    errors.UserError: the file is missing, truncated, no ONNX file, or keeps
-      its numbers elsewhere or in another type.
+    errors.UserError: the file is missing, truncated, no ONNX file, quantised,
+      or keeps its numbers elsewhere or in another type.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if not path.is_file():
     raise errors.UserError(f"{path} does not exist: give an ONNX file")
+  files.refuse_impostor(path, wanted="give an ONNX file of float numbers")
   try:
     convs = _convs(memoryview(path.read_bytes()), path)
   except (ValueError, IndexError, KeyError) as error:
     raise errors.UserError(
       f"{path} is truncated or no ONNX file ({error}): fetch it again"
     ) from error
-  if not convs:
-    raise errors.UserError(
-      f"{path} is truncated or no ONNX file (no convolution in it): fetch it"
-      " again"
-    )
   return convs
 
 
 def _convs(data: memoryview, path: pathlib.Path) -> list[Conv]:
-  nodes, tensors = [], {}
+  nodes, tensors, graphs = [], {}, 0
   for number, graph in _fields(data):
     if number != _MODEL_GRAPH:
       continue
+    graphs += 1
     for kind, value in _fields(graph):
       if kind == _GRAPH_INITIALIZER:
         name, array = _tensor(value, path)
         tensors[name] = array
       elif kind == _GRAPH_NODE:
-        nodes.append(_node(value))
+        nodes.append(_node(value, path))
+  if not graphs:
+    raise ValueError("no graph in it")
+  quantised = sorted({op for op, *_ in nodes} & _QUANTISED)
+  if quantised:
+    raise errors.UserError(
+      f"{path} is quantised ({', '.join(quantised)}: numbers of 8 bits): give"
+      " the file of float numbers"
+    )
   convs: list[Conv] = []
   made: dict[str, Conv] = {}  # Output of a convolution -> that convolution.
-  for op, inputs, outputs in nodes:
-    if op == "Identity" and inputs[0] in tensors:
+  for op, inputs, outputs, constant in nodes:
+    if op == "Constant" and outputs:
+      tensors[outputs[0]] = constant
+    elif op == "Identity" and inputs[0] in tensors:
       tensors[outputs[0]] = tensors[inputs[0]]  # One tensor for two uses.
     elif op == "Conv":
-      weight, *bias = (_look_up(tensors, name, op) for name in inputs[1:])
+      weight, *bias = (_look_up(tensors, name, op, path) for name in inputs[1:])
       if weight.ndim != 4:
-        raise ValueError(f"Conv with a kernel of shape {weight.shape}")
+        raise _strange(f"Conv with a kernel of shape {weight.shape}", path)
       made[outputs[0]] = Conv(weight, bias[0] if bias else None)
       convs.append(made[outputs[0]])
     elif op == "BatchNormalization" and inputs[0] in made:
       made[inputs[0]].norm = tuple(
-        _look_up(tensors, name, op) for name in inputs[1:5]
+        _look_up(tensors, name, op, path) for name in inputs[1:5]
       )
   return convs
 
 
-def _look_up(tensors: dict[str, np.ndarray], name: str, op: str) -> np.ndarray:
+def _strange(said: str, path: pathlib.Path) -> errors.UserError:
+  """Returns the error about a whole file of another network."""
+  return errors.UserError(
+    f"{path} is an ONNX file of a network that is not read here ({said}): give"
+    " one of float numbers whose weights stand in it"
+  )
+
+
+def _look_up(
+  tensors: dict[str, np.ndarray | None],
+  name: str,
+  op: str,
+  path: pathlib.Path,
+) -> np.ndarray:
   if name not in tensors:
-    raise ValueError(f"{op} without its tensor {name!r}")
-  if tensors[name] is None:
-    raise ValueError(f"{op} of numbers that are no float32, float16 or float64")
-  return tensors[name]
+    raise _strange(f"{op} without its tensor {name!r}", path)
+  found = tensors[name]
+  if found is None:
+    said = f"{op} of numbers that are no float32, float16 or float64"
+    raise _strange(said, path)
+  return found
 
 
-def _node(data: memoryview) -> tuple[str, Sequence[str], Sequence[str]]:
-  op, inputs, outputs = "", [], []
+def _node(
+  data: memoryview, path: pathlib.Path
+) -> tuple[str, Sequence[str], Sequence[str], np.ndarray | None]:
+  """Returns operation, inputs, outputs, and the tensor of a Constant."""
+  op, inputs, outputs, attributes = "", [], [], []
   for number, value in _fields(data):
     if number == _NODE_INPUT:
       inputs.append(_text(value))
@@ -111,7 +148,14 @@ def _node(data: memoryview) -> tuple[str, Sequence[str], Sequence[str]]:
       outputs.append(_text(value))
     elif number == _NODE_OP:
       op = _text(value)
-  return op, inputs, outputs
+    elif number == _NODE_ATTRIBUTE:
+      attributes.append(value)
+  constant = None
+  for attribute in attributes if op == "Constant" else ():
+    for number, value in _fields(attribute):
+      if number == _ATTRIBUTE_TENSOR:
+        constant = _tensor(value, path)[1]
+  return op, inputs, outputs, constant
 
 
 def _tensor(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import errors, trees
+from dppp_jax import errors, files, trees
 from dppp_jax.models import u2net
 from dppp_jax.weights import convert, export, hub, onnx
 
@@ -55,7 +55,7 @@ def load(
     errors.UserError: it is no U2-Net, or damaged.
   """
   path = locate(spec)
-  is_onnx = path.suffix == ".onnx"
+  is_onnx = files.suffix(path) == ".onnx"
   tensors = _from_onnx(path) if is_onnx else hub.read_tensors(path)
   config = _config(tensors, path)
   given = convert.convert(tensors, rules(), where=str(path))
@@ -84,11 +84,22 @@ def _one_format(files: Sequence[str]) -> list[str]:
 
 
 def locate(spec: str | pathlib.Path) -> pathlib.Path:
-  """Returns the file or folder that `load` reads."""
+  """Returns the file or folder that `load` reads.
+
+  Raises:
+    errors.UserError: see `resolve`; or a folder with several .onnx files.
+  """
   path = resolve(spec)
-  if path.is_dir() and len(found := sorted(path.glob("*.onnx"))) == 1:
-    return found[0]
-  return path
+  if not path.is_dir() or files.visible(path, ".safetensors"):
+    return path
+  found = files.visible(path, ".onnx")
+  if len(found) > 1:
+    names = ", ".join(file.name for file in found)
+    raise errors.UserError(
+      f"{path} holds {len(found)} .onnx files ({names}): name one, e.g."
+      f" {found[0]}"
+    )
+  return found[0] if found else path
 
 
 def save(
@@ -110,7 +121,7 @@ def save(
   variables = {key: variables[key] for key in ("params", "batch_stats")}
   variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
   tensors = convert.invert(variables, rules(), where=str(path))
-  export.write_tensors(pathlib.Path(path), tensors, dtype=dtype)
+  export.write_tensors(pathlib.Path(path).expanduser(), tensors, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=4)
@@ -125,6 +136,11 @@ def _config(
   tensors: Mapping[str, np.ndarray], path: pathlib.Path
 ) -> u2net.Config:
   """Reads the widths off the shapes."""
+  if (kind := _other_kind(tensors)) is not None:
+    raise errors.UserError(
+      f"{path} is {kind}, no U2-Net of people: give u2net.pth, u2netp.pth or"
+      " u2net_human_seg.pth, or their .onnx"
+    )
 
   def channels(name: str) -> int:
     kernel = tensors.get(f"{name}.conv_s1.weight")
@@ -142,6 +158,21 @@ def _config(
   return u2net.Config(
     tuple(map(width, u2net.ENCODER)), tuple(map(width, u2net.DECODER))
   )
+
+
+def _other_kind(tensors: Mapping[str, np.ndarray]) -> str | None:
+  """Returns what a network for the same purpose is called, if it is one."""
+  has = lambda *starts: any(name.startswith(starts) for name in tensors)
+  if has("conv_in.") and has("stage1.") and not has("outconv."):
+    return "an ISNet (DIS, RMBG 1.4)"
+  if has("bb.", "squeeze_module."):
+    return "a BiRefNet (RMBG 2.0)"
+  if has("backbone.model.features.", "lr_branch."):
+    return "a MODNet"
+  last = tensors.get("outconv.weight")
+  if last is not None and last.ndim == 4 and last.shape[0] != 1:
+    return f"a U2-Net of {last.shape[0]} classes (of clothes?)"
+  return None
 
 
 def _in_order() -> list[str]:
@@ -162,9 +193,14 @@ def _from_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
   identity, and the convolution keeps what it was given.
   """
   convs, names = onnx.read_convs(path), _in_order()
+  said = None
   if len(convs) != len(names):
+    said = f"it has {len(convs)} convolutions, a U2-Net {len(names)}"
+  elif convs[-1].weight.shape[1:] != (6, 1, 1):
+    said = "it does not end by joining 6 maps; is it an ISNet?"
+  if said is not None:
     raise errors.UserError(
-      f"{path} has {len(convs)} convolutions, a U2-Net {len(names)}: give"
+      f"{path} is an ONNX file of another network than a U2-Net ({said}): give"
       " u2net.onnx, u2netp.onnx or u2net_human_seg.onnx"
     )
   tensors = {}
