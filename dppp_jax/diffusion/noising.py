@@ -7,6 +7,7 @@ where diffusers and torch round them, because a checkpoint has met those.
 from collections.abc import Mapping
 import dataclasses
 import json
+import math
 from typing import Any, get_args, Literal
 
 import numpy as np
@@ -22,9 +23,54 @@ _CLASSES: dict[str, Method] = {
   "DDIMScheduler": "ddim",
   "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
+# Samplers of networks that learned noise on discrete betas: any of them may be
+# exchanged for another. EDM, flow matching and others are other networks.
+_COMPATIBLE = frozenset(
+  f"{name}Scheduler"
+  for name in (
+    *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel"),
+    *("DEISMultistep", "DPMSolverMultistep", "DPMSolverMultistepInverse"),
+    *("DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete"),
+    *("EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete"),
+    *("KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD"),
+    "UniPCMultistep",
+  )
+)
+# What `Config.from_hf` reads.
+_READ = frozenset(
+  (
+    *("prediction_type", "num_train_timesteps", "beta_start", "beta_end"),
+    *("beta_schedule", "timestep_spacing", "steps_offset"),
+    *("use_karras_sigmas", "rescale_betas_zero_snr", "set_alpha_to_one"),
+  )
+)
+_FLAGS = ("use_karras_sigmas", "rescale_betas_zero_snr")
+# How some sampler of diffusers steps: without effect on all others, in whose
+# files they stand all the same (SDXL's own says skip_prk_steps). Where they
+# have an effect on one that is built here, `_ONLY` says so.
+_OTHERS = frozenset(
+  (
+    *("skip_prk_steps", "clip_sample", "clip_sample_range", "thresholding"),
+    *("dynamic_thresholding_ratio", "sample_max_value", "variance_type"),
+    *("algorithm_type", "solver_type", "solver_order", "solver_p"),
+    *("lower_order_final", "euler_at_final", "use_exponential_sigmas"),
+    *("use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type"),
+    *("lambda_min_clipped", "interpolation_type", "predict_x0"),
+    *("disable_corrector", "original_inference_steps", "timestep_scaling"),
+    *("noise_sampler_seed", "predictor_order", "corrector_order", "tau_func"),
+    *("time_shift_type", "flow_shift"),  # Of flows, which are refused.
+  )
+)
 _RHO = 7.0  # Karras et al. 2022, Eq. 5.
-# What a folder may ask of a sampler and only one answer is built.
-_SHARED = {"trained_betas": None}
+# What a folder may ask, and only one answer is built: of any sampler, where it
+# is about the network, and of one.
+_SHARED = {
+  "trained_betas": None,
+  "timestep_type": "discrete",
+  "sigma_min": None,
+  "sigma_max": None,
+  "use_flow_sigmas": False,
+}
 _ONLY: dict[Method, dict[str, Any]] = {
   "euler_ancestral": _SHARED,
   "euler": {
@@ -32,10 +78,7 @@ _ONLY: dict[Method, dict[str, Any]] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "interpolation_type": "linear",
-    "timestep_type": "discrete",
     "final_sigmas_type": "zero",
-    "sigma_min": None,
-    "sigma_max": None,
   },
   "ddim": {**_SHARED, "thresholding": False, "clip_sample": False},
   "dpmpp_2m": {
@@ -43,7 +86,6 @@ _ONLY: dict[Method, dict[str, Any]] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
     "thresholding": False,
     "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint",
@@ -51,8 +93,12 @@ _ONLY: dict[Method, dict[str, Any]] = {
     "lower_order_final": True,
     "final_sigmas_type": "zero",
     "variance_type": None,
+    "lambda_min_clipped": -math.inf,
   },
 }
+# Where a folder's own sampler has no such steps, it cannot mean them.
+_RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_UNSPACED = ("euler_ancestral", "ddim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +142,11 @@ class Config:
 
   @classmethod
   def from_hf(
-    cls, given: Mapping[str, Any], *, method: Method | None = None
+    cls,
+    given: Mapping[str, Any],
+    *,
+    method: Method | None = None,
+    prediction_type: str | None = None,
   ) -> "Config":
     """Reads a scheduler_config.json, as diffusers' `from_config` would.
 
@@ -104,29 +154,40 @@ class Config:
       given: the parsed file.
       method: another sampler than the folder's; an absent key then means the
         default of that sampler, as it does in diffusers.
+      prediction_type: another one than the folder's.
 
     Raises:
-      errors.UserError: a sampler or an option that is not built here.
+      errors.UserError: a sampler or an option that is not built here, a network
+        that no sampler built here is for, or a number without meaning.
     """
-    name = given.get("_class_name", "")
-    if method is None:
-      if name not in _CLASSES:
-        raise errors.UserError(
-          f"scheduler_config.json: sampler {name or 'without a name'!r} is"
-          f" not built: choose one of {', '.join(_CLASSES.values())}"
-        )
-      method = _CLASSES[name]
+    own = method is None
+    method = _method(given, method)
     # DDIM clips where the file is silent; no checkpoint of latents means it.
-    for key, allowed in _ONLY[method].items():
-      if given.get(key, allowed) != allowed:
+    only = _ONLY[method]
+    if own and method in _UNSPACED:
+      only = only | dict.fromkeys(_RESPACED, False)
+    for key, value in given.items():
+      allowed = only.get(key)
+      is_known = key.startswith("_") or key in _READ | _OTHERS
+      if key in _FLAGS and type(value) not in (bool, type(None)):
         raise errors.UserError(
-          f"scheduler_config.json: {key}={given[key]!r} is not built for"
+          f"scheduler_config.json: {key}={value!r}: must be true or false"
+        )
+      if key in only and value != allowed:
+        raise errors.UserError(
+          f"scheduler_config.json: {key}={value!r} is not built for"
           f" {method}: set it to {json.dumps(allowed)}"
         )
+      if key not in only and not is_known and value not in (None, False):
+        raise errors.UserError(
+          f"scheduler_config.json: {key}={value!r} is not built here: use"
+          " another base, or remove the key if it has no meaning"
+        )
     default = "leading" if method == "ddim" else "linspace"
-    return cls(
+    config = cls(
       method=method,
-      prediction_type=given.get("prediction_type", "epsilon"),
+      prediction_type=prediction_type
+      or given.get("prediction_type", "epsilon"),
       num_train_timesteps=given.get("num_train_timesteps", 1000),
       beta_start=given.get("beta_start", 1e-4),
       beta_end=given.get("beta_end", 0.02),
@@ -139,6 +200,48 @@ class Config:
       zero_snr=bool(given.get("rescale_betas_zero_snr", False)),
       set_alpha_to_one=given.get("set_alpha_to_one", True),
     )
+    _check_values(config)
+    return config
+
+
+def _method(given: Mapping[str, Any], method: Method | None) -> Method:
+  """Returns the sampler; refuses a network that none of them is for."""
+  name = given.get("_class_name") or ""
+  if name and name not in _COMPATIBLE:
+    raise errors.UserError(
+      f"scheduler_config.json is of a {name}, and no sampler that is built here"
+      " runs such a network: use a base that was trained on discrete noise"
+      " (epsilon or v_prediction)"
+    )
+  if method is None and name not in _CLASSES:
+    raise errors.UserError(
+      f"scheduler_config.json: sampler {name or 'without a name'!r} is"
+      f" not built: choose one of {', '.join(_CLASSES.values())}"
+    )
+  return method or _CLASSES[name]
+
+
+def _check_values(config: Config) -> None:
+  """Refuses values of scheduler_config.json that mean nothing."""
+  is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
+  is_count = lambda x, least: type(x) is int and x >= least
+  start, end = config.beta_start, config.beta_end
+  sound = {
+    "prediction_type": config.prediction_type in ("epsilon", "v_prediction"),
+    "num_train_timesteps": is_count(config.num_train_timesteps, 2),
+    "beta_start": is_number(start) and 0 < start < 1,
+    "beta_end": is_number(end) and 0 < end < 1,
+    "beta_schedule": config.beta_schedule in ("linear", "scaled_linear"),
+    "timestep_spacing": config.timestep_spacing in get_args(Spacing),
+    "steps_offset": is_count(config.steps_offset, 0),
+    "set_alpha_to_one": type(config.set_alpha_to_one) is bool,
+  }
+  for key, is_sound in sound.items():
+    if not is_sound:
+      raise errors.UserError(
+        f"scheduler_config.json: {key}={getattr(config, key)!r} is not built"
+        " here or means nothing: correct it"
+      )
 
 
 def k_diffusion(config: Config) -> Config:

@@ -128,6 +128,47 @@ def convert(
   return params
 
 
+def shapes(
+  tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], *, where: str
+) -> dict[str, np.ndarray]:
+  """Returns arrays of the shapes of `convert`'s, without reading a number.
+
+  Args:
+    tensors: as of `convert`; only names and shapes are looked at.
+    rules: likewise.
+    where: likewise.
+
+  Returns:
+    {path: array of zeros that takes no memory}.
+
+  Raises:
+    errors.UserError: a name that no rule or several rules match, or a tensor
+      of a wrong number of dimensions.
+  """
+  found, faults = {}, []
+  for name in sorted(tensors):
+    shape = tuple(tensors[name].shape)
+    pairs = [(r, m) for r in rules if (m := _match(r.source, name)) is not None]
+    if len(pairs) != 1:
+      said = "no rule" if not pairs else f"{len(pairs)} rules"
+      faults.append(f"+ {name} {shape}: {said}")
+      continue
+    ((rule, groups),) = pairs
+    if rule.target is None:
+      continue
+    try:
+      moved = rule.transform.forward(np.broadcast_to(np.float32(0), shape))
+    except (ValueError, IndexError):
+      faults.append(f"! {name} {shape}: a wrong number of dimensions")
+      continue
+    parts = moved if isinstance(moved, tuple) else (moved,)
+    for template, part in zip(rule.targets, parts, strict=True):
+      found[_fill(template, groups)] = part
+  if faults:
+    _refuse(where, "tensors have no place in the model", faults)
+  return found
+
+
 def invert(
   params: Mapping[str, Any], rules: Sequence[Rule], *, where: str
 ) -> dict[str, np.ndarray]:

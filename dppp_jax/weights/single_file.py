@@ -21,7 +21,14 @@ from dppp_jax import errors, trees, types
 from dppp_jax.models import clip, unet_config
 from dppp_jax.models import unet as unet_lib
 from dppp_jax.models import vae as vae_lib
-from dppp_jax.weights import convert, diffusion_rules, export, hub, original
+from dppp_jax.weights import (
+  convert,
+  diffusion_rules,
+  export,
+  hub,
+  kinds,
+  original,
+)
 from dppp_jax.weights import rules as text_rules
 
 Path = str | pathlib.Path
@@ -132,7 +139,12 @@ class Checkpoint:
 
 
 def load(
-  path: Path, *, configs: Configs | None = None, stack_from: int = 0
+  path: Path,
+  *,
+  configs: Configs | None = None,
+  stack_from: int = 0,
+  with_vae: bool = True,
+  prediction_type: str | None = None,
 ) -> Checkpoint:
   """Loads SDXL or SD 1.x.
 
@@ -142,17 +154,19 @@ def load(
       the tensors tell.
     stack_from: transformers at least so deep come stacked, as
       `UNet(stack_from=)` wants them.
+    with_vae: False leaves the file's VAE out; it need not have one.
+    prediction_type: what the network predicts, whatever the file says.
 
   Raises:
     errors.UserError: no such file, a damaged one, another kind of model, or a
       tensor that is missing, left over or of another shape.
   """
   where = str(path)
-  checkpoint, parts, inner = _open(path, configs)
+  checkpoint, parts, inner = _open(path, configs, with_vae, prediction_type)
   params = {}
   for name, part in parts.items():
     own = part.rename(inner[name])
-    flat = convert.convert(own, part.rules, where=where)
+    flat = part.complete(convert.convert(own, part.rules, where=where))
     params[name] = trees.merge(part.shapes, flat, where=f"{where} ({name})")
   params["unet"] = diffusion_rules.stack_layers(
     params["unet"], stack_from=stack_from
@@ -160,27 +174,121 @@ def load(
   return dataclasses.replace(checkpoint, params=params)
 
 
-def peek(path: Path, *, configs: Configs | None = None) -> Checkpoint:
+def peek(
+  path: Path,
+  *,
+  configs: Configs | None = None,
+  with_vae: bool = True,
+  prediction_type: str | None = None,
+) -> Checkpoint:
   """Returns what `load` would, without the parameters.
+
+  Names and shapes stand in the header of a .safetensors file: what is missing,
+  left over or of another network is found without reading it.
 
   Raises:
     errors.UserError: as `load`, but for what only the weights show.
   """
-  return _open(path, configs)[0]
+  checkpoint, parts, inner = _open(path, configs, with_vae, prediction_type)
+  for name, part in parts.items():
+    part.check(inner[name], f"{path} ({name})")
+  return checkpoint
 
 
 def _open(
-  path: Path, configs: Configs | None
+  path: Path,
+  configs: Configs | None,
+  with_vae: bool,
+  prediction_type: str | None,
 ) -> tuple[Checkpoint, dict[str, "Part"], dict[str, dict[str, np.ndarray]]]:
   """Returns a checkpoint without parameters, and the tensors for them."""
   where = str(path)
-  tensors = hub.read_tensors(hub.resolve(path))
+  path = hub.resolve(path)
+  tensors = hub.read_tensors(path)
   configs = configs or _base(tensors, where)
+  _check_kind(tensors, configs, where)
   parts = _parts(configs)
   inner, extras = _split(tensors, parts, where)
   logging.info("%s: left out %d tensors by rule", where, len(extras))
-  prediction = "v_prediction" if "v_pred" in tensors else "epsilon"
-  return Checkpoint(configs, {}, prediction, "ztsnr" in tensors), parts, inner
+  if not with_vae:
+    parts = {name: part for name, part in parts.items() if name != "vae"}
+  for name, part in parts.items():
+    if not inner[name]:
+      raise errors.UserError(
+        f"{where} holds {_MISSING[name]} ({part.prefix}*): {_REMEDIES[name]}"
+      )
+  prediction, zero_snr = _noise(tensors, hub.metadata(path), where)
+  if prediction_type is None and prediction is None:
+    raise errors.UserError(
+      f"{where} says two things of what it predicts (the mark v_pred and"
+      " modelspec.prediction_type): set --config.sampler.prediction_type"
+    )
+  prediction = prediction_type or prediction or "epsilon"
+  return Checkpoint(configs, {}, prediction, zero_snr), parts, inner
+
+
+_MISSING = {
+  "unet": "no UNet",
+  "vae": "no VAE",
+  "text_encoder": "no first text encoder",
+  "text_encoder_2": "no second text encoder",
+}
+_WHOLE = "give the whole checkpoint"
+_REMEDIES = dict.fromkeys(_MISSING, _WHOLE) | {
+  "vae": f"name one in --config.models.vae, or {_WHOLE}"
+}
+# How a header spells what a network predicts.
+_PREDICTIONS = {
+  "": "epsilon",
+  **dict.fromkeys(("eps", "epsilon", "e"), "epsilon"),
+  **dict.fromkeys(("v", "v_prediction", "vpred", "v_pred"), "v_prediction"),
+}
+
+
+def _noise(
+  tensors: Tensors, texts: Mapping[str, str], where: str
+) -> tuple[str | None, bool]:
+  """Returns what the network predicts, by marks and header, and zero SNR.
+
+  Both may contradict each other: then what it predicts is None.
+  """
+  said = str(texts.get("modelspec.prediction_type", "")).strip().lower()
+  if said not in _PREDICTIONS:
+    raise errors.UserError(
+      f"{where} predicts {said!r} by its header (modelspec.prediction_type),"
+      " which is not built: use a base of epsilon or v_prediction"
+    )
+  zero = str(texts.get("ss_zero_terminal_snr", "")).lower() == "true"
+  zero_snr = "ztsnr" in tensors or zero
+  if "v_pred" not in tensors:
+    return _PREDICTIONS[said], zero_snr
+  is_same = _PREDICTIONS[said] == "v_prediction" or not said
+  return ("v_prediction" if is_same else None), zero_snr
+
+
+def _check_kind(tensors: Tensors, configs: Configs, where: str) -> None:
+  """Refuses networks of a special kind, which have other names or channels."""
+  marks = {
+    "edm_mean": "is trained with EDM (edm_mean; Playground 2.5)",
+    "edm_vpred.sigma_max": "is trained with EDM (edm_vpred.*; CosXL)",
+    f"{_UNET}time_embed.cond_proj.weight": "is a consistency model (LCM)",
+  }
+  for mark, said in marks.items():
+    if mark in tensors:
+      raise errors.UserError(
+        f"{where} {said}, which is not sampled here: give a base of SDXL or"
+        " SD 1.x"
+      )
+  first = tensors.get(f"{_UNET}input_blocks.0.0.weight")
+  usual = configs.unet.in_channels
+  if first is not None and first.ndim == 4 and first.shape[1] != usual:
+    channels = first.shape[1]
+    kind = {9: "an inpainting model", 8: "a model that edits (pix2pix)"}
+    raise errors.UserError(
+      f"{where} is {kind.get(channels, 'a special model')}: its UNet takes"
+      f" {channels} channels, where {usual} are sampled here; give the base"
+      " without it"
+    )
 
 
 def save(path: Path, checkpoint: Checkpoint, *, dtype: str = "float32") -> None:
@@ -195,7 +303,7 @@ def save(path: Path, checkpoint: Checkpoint, *, dtype: str = "float32") -> None:
     errors.UserError: the file exists, the parameters are not those of the
       configurations, or a weight is not finite in the dtype.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if path.exists():
     raise errors.UserError(
       f"{path} exists already and is not overwritten: give another name"
@@ -233,19 +341,42 @@ def vae(
     errors.UserError: as `load`.
   """
   where = str(path)
-  tensors = hub.read_tensors(hub.resolve(path))
+  tensors, rules = _open_vae(path, config)
+  flat = convert.convert(tensors, rules, where=where)
+  return config, trees.merge(_vae_part(config).shapes, flat, where=where)
+
+
+def check_vae(path: Path, config: vae_lib.Config) -> None:
+  """Refuses what `vae` refuses by names and shapes.
+
+  Raises:
+    errors.UserError: as `vae`.
+  """
+  tensors, rules = _open_vae(path, config)
+  flat = convert.shapes(tensors, rules, where=str(path))
+  trees.merge(_vae_part(config).shapes, flat, where=str(path))
+
+
+def _open_vae(
+  path: Path, config: vae_lib.Config
+) -> tuple[dict[str, np.ndarray], Sequence[convert.Rule]]:
+  """Returns a VAE's tensors, without prefix, and the rules for them."""
+  tensors = dict(hub.read_tensors(hub.resolve(path)))
   for prefix in (_FIRST_STAGE, "vae."):
-    if any(name.startswith(prefix) for name in tensors):
-      tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-  part = _vae_part(config)
+    own = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+    if own:  # Of a whole checkpoint its VAE.
+      tensors = {k.removeprefix(prefix): v for k, v in own.items()}
+  if not any(name.startswith("decoder.") for name in tensors):
+    raise errors.UserError(
+      f"{path} is {kinds.called(tensors) or 'of another kind'} and holds no"
+      " VAE: give a VAE, or a checkpoint that has one"
+    )
   if any(name.startswith("encoder.down.") for name in tensors):
+    part = _vae_part(config)
     kept = {k: v for k, v in tensors.items() if not _is_extra(k)}
-    flat = convert.convert(part.rename(kept), part.rules, where=where)
-  else:
-    is_old = any(".query." in name for name in tensors)
-    table = diffusion_rules.autoencoder(is_old=is_old)
-    flat = convert.convert(tensors, table, where=where)
-  return config, trees.merge(part.shapes, flat, where=where)
+    return part.rename(kept), part.rules
+  is_old = any(".query." in name for name in tensors)
+  return tensors, diffusion_rules.autoencoder(is_old=is_old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +389,8 @@ class Part:
     rules: the table of its tensors, under names that `names` gives.
     names: {that name: original name} by prefixes; None: the same.
     pointwise: regex of original names of matrices that are 1x1 convolutions.
+    unused: regex of paths whose numbers are never read, so that files go
+      without.
   """
 
   prefix: str
@@ -265,6 +398,21 @@ class Part:
   rules: Sequence[convert.Rule]
   names: Mapping[str, str] | None = None
   pointwise: str = "(?!)"
+  unused: str = "(?!)"
+
+  def check(self, tensors: Tensors, where: str) -> None:
+    """Refuses tensors, without prefix, whose names or shapes do not fit."""
+    own = self.rename(tensors)
+    flat = convert.shapes(own, self.rules, where=where)
+    trees.merge(self.shapes, self.complete(flat), where=where)
+
+  def complete(self, flat: Tensors) -> dict[str, np.ndarray]:
+    """Returns a flat tree with zeros in the place of what is unused."""
+    return {
+      name: np.zeros(leaf.shape, np.float32)
+      for name, leaf in trees.flatten(self.shapes).items()
+      if name not in flat and re.fullmatch(self.unused, name)
+    } | dict(flat)
 
   def rename(self, tensors: Tensors) -> dict[str, np.ndarray]:
     """Gives tensors, whose prefix is cut off, the names of the rules."""
@@ -294,6 +442,7 @@ def _parts(configs: Configs) -> dict[str, Part]:
   """Returns {network: how it stands in a file}."""
   unet = unet_lib.param_shapes(configs.unet)
   is_xl = configs.text_encoder_2 is not None
+  last = configs.text_encoder.num_hidden_layers - 1
   parts = {
     "unet": Part(
       _UNET, unet, diffusion_rules.unet(configs.unet), original.unet(unet)
@@ -303,6 +452,10 @@ def _parts(configs: Configs) -> dict[str, Part]:
       _XL_TEXT if is_xl else _SD1_TEXT,
       clip.param_shapes(configs.text_encoder),
       text_rules.hf_text(),
+      # SDXL reads what enters the last layer, and pools the second encoder.
+      unused=rf"text_model/(?:encoder/layers_{last}|final_layer_norm)/.*"
+      if is_xl
+      else "(?!)",
     ),
   }
   if configs.text_encoder_2 is not None:
@@ -327,16 +480,24 @@ def _vae_part(config: vae_lib.Config) -> Part:
 def _base(tensors: Tensors, where: str) -> Configs:
   """Tells SDXL and SD 1.x from each other and from what is neither."""
   has = lambda prefix: any(name.startswith(prefix) for name in tensors)
-  if not has(_UNET):
+  kind = kinds.called(tensors)
+  is_sd = kind == "a checkpoint of Stable Diffusion"
+  if kind is not None and not is_sd:
+    said = f"is {kind}"
+  elif not has(_UNET):
     said = "holds no UNet of Stable Diffusion (model.diffusion_model.*)"
-  elif has(_XL_TEXT_2):
+  elif has("conditioner.embedders.0.model."):
+    said = "is the refiner of SDXL"
+  elif has("conditioner.embedders.0.open_clip."):
+    said = "is a Stable Video Diffusion"
+  elif has(_XL_TEXT_2) or has(_XL_TEXT):
     return SDXL
   elif has(_SD1_TEXT):
     return SD1
   elif has("cond_stage_model.model."):
     said = "is a Stable Diffusion 2.x"
-  elif has("conditioner.embedders.0.model."):
-    said = "is the refiner of SDXL"
+  elif has("text_encoders."):
+    said = "is a Stable Diffusion 3 or another model of three text encoders"
   else:
     said = "has no text encoders of SDXL or SD 1.x"
   raise errors.UserError(
