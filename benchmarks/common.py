@@ -50,8 +50,8 @@ def environment() -> dict[str, Any]:
     "device_count": jax.device_count(),
     "system": platform.system(),
     "python": platform.python_version(),
-    "packages": _versions(),
-    "commit": _commit(),
+    "packages": versions(_PACKAGES),
+    "commit": commit(),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
   }
 
@@ -171,17 +171,18 @@ def _memory_gib() -> float:
   return round(pages / 2**30, 1)
 
 
-def _versions() -> dict[str, str]:
-  versions = {}
-  for package in _PACKAGES:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+  """Returns {package: version} of those that are installed."""
+  found = {}
+  for package in packages:
     try:
-      versions[package] = importlib.metadata.version(package)
+      found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       continue
-  return versions
+  return found
 
 
-def _commit() -> str:
+def commit() -> str:
   """Returns the short commit, with "+" where files differ from it."""
   git = ["git", "-C", str(_RESULTS.parent)]
   try:

@@ -1,5 +1,6 @@
 """This project drawing the canvases of benchmarks/generation.py."""
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -39,10 +40,10 @@ def _random(shapes: Any) -> Any:
   return trees.unflatten(flat)
 
 
-def _components(
+def structure(
   setting: generation_setting.Setting,
 ) -> components_lib.Components:
-  """Builds random networks."""
+  """Returns networks of given sizes, whose parameters are shapes alone."""
   given = setting.networks
   net = unet_config.Config.from_hf(given["unet"])
   names = {*given["unet"]} - {"up_block_types", "sample_size"}
@@ -75,7 +76,7 @@ def _components(
     tokenizers=(tokenizer, tokenizer),
     controlnets=(control,) * len(setting.controlnets),
     scheduler=schedulers.Config(**given["scheduler"]),
-    params=_random(shapes),
+    params=shapes,
     stack_from=setting.stack_from,
   )
 
@@ -107,7 +108,8 @@ class Side:
         stack_from=setting.stack_from,
       )
     else:
-      self._parts = _components(setting)
+      parts = structure(setting)
+      self._parts = dataclasses.replace(parts, params=_random(parts.params))
     self._sampler = sampler_lib.Sampler(
       self._parts,
       dtype=jnp.bfloat16 if setting.gpu else jnp.float32,

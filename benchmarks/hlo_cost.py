@@ -221,13 +221,7 @@ def _instruction(line: str) -> Instruction | None:
   if match is None:
     return None
   root, name, shape, opcode, rest = match.groups()
-  depth = 1
-  for end, letter in enumerate(rest):
-    depth += (letter == "(") - (letter == ")")
-    if not depth:
-      break
-  inside, attributes = rest[:end], rest[end + 1 :]
-  is_parameter = opcode == "parameter"
+  inside, attributes = _closed(rest)
   return Instruction(
     name,
     tuple(Array(kind, _integers(dims)) for kind, dims in _SHAPE.findall(shape)),
@@ -235,8 +229,18 @@ def _instruction(line: str) -> Instruction | None:
     () if opcode == "constant" else tuple(_NAME.findall(inside)),
     attributes,
     root is not None,
-    int(inside) if is_parameter else 0,
+    int(inside) if opcode == "parameter" else 0,
   )
+
+
+def _closed(text: str) -> tuple[str, str]:
+  """Cuts a text at the parenthesis that closes what began before it."""
+  depth = 1
+  for i, letter in enumerate(text):
+    depth += (letter == "(") - (letter == ")")
+    if not depth:
+      return text[:i], text[i + 1 :]
+  return text, ""
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -265,7 +269,7 @@ class _Counter:
             yield from self.walk(inner, times * trips)
       elif one.opcode == "conditional":
         yield from self._largest(one, times)
-      elif one.opcode == "call" or one.called("to_apply")[:1] == ["async"]:
+      elif one.opcode == "call":
         for inner in one.called("to_apply"):
           yield from self.walk(inner, times)
       elif one.opcode == "async-start":
@@ -424,7 +428,11 @@ def _library_call(
     pairs = math.prod(map(int, re.findall(r"\d+", scores.group(1))))
     # Forward q k and p v; backward the first again, and four gradients.
     products = 5 if target.endswith("Backward") else 2
-    yield "attention", given[0].dtype, products * 2.0 * pairs * given[0].dims[-1]
+    yield (
+      "attention",
+      given[0].dtype,
+      products * 2.0 * pairs * given[0].dims[-1],
+    )
   elif target.startswith("__cudnn$conv"):
     yield "convolution", _widest(given[:2]), _convolution_flops(one, given)
   elif target.startswith("__cublas"):
@@ -440,8 +448,8 @@ def _library_call(
 def table(cost: Cost, number: int = 30) -> str:
   """Returns the instructions that move most, one a line."""
   lines = [
-    f"{work.times * work.nbytes / 1e6:10.1f} MB {work.times:5d} x {work.kind:11}"
-    f" {work.name}  {work.op_name[-80:]}"
+    f"{work.times * work.nbytes / 1e6:10.1f} MB {work.times:5d} x"
+    f" {work.kind:11} {work.name}  {work.op_name[-80:]}"
     for work in cost.top(number)
   ]
   return "\n".join(lines)

@@ -21,16 +21,16 @@ from dppp_jax.evals import retrieval
 
 _SEED = 0
 # Queries, gallery, identities, cameras, distractors of the real sets.
-_SIZES = {
+SIZES = {
   "market1501": (3368, 15913, 750, 6, 2798),
   "msmt17": (11659, 82161, 3060, 15, 0),
 }
-_WIDTH = 512
+WIDTH = 512
 
 
 def make(name: str) -> tuple[np.ndarray, ...]:
   """Returns features and labels in the order of `retrieval.evaluate`."""
-  num_query, num_gallery, num_pids, num_cameras, distractors = _SIZES[name]
+  num_query, num_gallery, num_pids, num_cameras, distractors = SIZES[name]
   rng = np.random.default_rng(_SEED)
   # Real identities are uneven: a few have many images, most have few.
   share = rng.gamma(3.0, size=num_pids)
@@ -43,7 +43,7 @@ def make(name: str) -> tuple[np.ndarray, ...]:
   )
   rng.shuffle(gallery_pids)
   query_pids = 1 + np.arange(num_query) % num_pids
-  features = lambda n: rng.standard_normal((n, _WIDTH), dtype=np.float32)
+  features = lambda n: rng.standard_normal((n, WIDTH), dtype=np.float32)
   return (
     features(num_query),
     query_pids,
@@ -98,7 +98,7 @@ def market(repeats: int) -> dict:
     float(np.abs(result.cmc - cmc).max()),
   )
   return {
-    "size": _SIZES["market1501"][:2],
+    "size": SIZES["market1501"][:2],
     "plain_s": plain_s,
     "ours_s": ours,
     "times_faster": plain_s / ours["median"],
@@ -122,7 +122,7 @@ def _msmt(pipe) -> None:
   mean_ap, _, _ = plain(*(a[:few] for a in data[:3]), *data[3:])
   pipe.send(
     {
-      "size": _SIZES["msmt17"][:2],
+      "size": SIZES["msmt17"][:2],
       "ours_s": seconds,
       "peak_gb_above_features": above / 1e9,
       "features_gb": (data[0].nbytes + data[3].nbytes) / 1e9,
@@ -149,11 +149,11 @@ def msmt17() -> dict:
 def main() -> None:
   """Measures, prints and writes results/retrieval-*.json."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--set", action="append", choices=sorted(_SIZES))
+  parser.add_argument("--set", action="append", choices=sorted(SIZES))
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
-  names = args.set or list(_SIZES)
-  results = {"seed": _SEED, "width": _WIDTH}
+  names = args.set or list(SIZES)
+  results = {"seed": _SEED, "width": WIDTH}
   if "market1501" in names:
     results["market1501"] = market(args.repeats)
   if "msmt17" in names:

@@ -419,14 +419,14 @@ def test_inactive_controlnet_is_not_run(sampler, options, is_run):
 def test_noise_may_be_given_and_latents_are_donated(sampler):
   options = dict(control_images=[_images(0), _images(1)], steps=2)
   drawn, copies = [], []
-  begin = sampler._programs["begin"]
+  begin = sampler.programs["begin"]
 
   def spy(*args, **kwargs):
     drawn.append(begin(*args, **kwargs))
     copies.append(np.array(drawn[-1]))
     return drawn[-1]
 
-  with mock.patch.dict(sampler._programs, begin=spy):
+  with mock.patch.dict(sampler.programs, begin=spy):
     want = sampler.latents(PROMPTS, seeds=SEEDS, **options)
   assert drawn[0].is_deleted()
   noise = jnp.asarray(copies[0])

@@ -45,6 +45,7 @@ class Sampler:
   Attributes:
     components: the system.
     params: its parameters on the device, as `place` returns them.
+    programs: what is jitted, by name.
     traces: how often each program was compiled, by name.
   """
 
@@ -128,7 +129,7 @@ class Sampler:
       jax.jit, compiler_options=dict(compiler_options or {}) or None
     )
     encode = functools.partial(self._encode, clip_skip=clip_skip, pooled=pooled)
-    self._programs = {
+    self.programs = {
       "encode": jit(encode),
       "begin": jit(self._begin, static_argnames="shape"),
       "denoise": jit(
@@ -150,12 +151,16 @@ class Sampler:
     flat = trees.flatten(params)
     everywhere = jax.sharding.NamedSharding(self._mesh, _ALL)
     for name, value in flat.items():
-      dtype = jnp.float32
-      if name.endswith("/kernel") and not _WIDE.fullmatch(name):
-        # Once, here: in the loop it would be done at each step.
-        dtype = self._vae_dtype if name.startswith("vae/") else self._dtype
-      flat[name] = jax.device_put(np.asarray(value, dtype), everywhere)
+      # Once, here: in the loop it would be done at each step.
+      value = np.asarray(value, self.dtype_of(name))
+      flat[name] = jax.device_put(value, everywhere)
     return trees.unflatten(flat)
+
+  def dtype_of(self, name: str) -> jnp.dtype:
+    """Returns the dtype in which the programs take a parameter."""
+    if not name.endswith("/kernel") or _WIDE.fullmatch(name):
+      return jnp.dtype(jnp.float32)
+    return self._vae_dtype if name.startswith("vae/") else self._dtype
 
   def sample(self, prompts: Sequence[str], **options: Any) -> jax.Array:
     """Draws pictures.
@@ -265,14 +270,14 @@ class Sampler:
     shape = (height // parts.vae.factor, width // parts.vae.factor)
     shape = (*shape, parts.unet.in_channels)
     if noise is None:
-      noise = self._programs["begin"](keys, shape=shape)
+      noise = self.programs["begin"](keys, shape=shape)
     elif noise.shape != (batch, *shape):
       raise errors.UserError(
         f"noise is {noise.shape}, and the canvas needs {(batch, *shape)}"
       )
     else:
       noise = jnp.array(noise, jnp.float32)  # A copy: it is donated.
-    return self._programs["denoise"](
+    return self.programs["denoise"](
       params,
       latents=noise,
       keys=keys,
@@ -291,7 +296,7 @@ class Sampler:
   ) -> jax.Array:
     """Returns pictures uint8 [B, H, W, 3] of latents [B, h, w, C]."""
     params = self._used(params, len(latents))
-    return self._programs["decode"](params["vae"], latents)
+    return self.programs["decode"](params["vae"], latents)
 
   def _used(self, params: types.Params | None, batch: int) -> types.Params:
     """Returns parameters on all devices, or for an odd batch on the first."""
@@ -334,7 +339,7 @@ class Sampler:
       min_chunks=min_chunks or self._min_chunks,
     )
     is_prompt = np.arange(len(texts)) >= len(texts) - batch
-    return self._programs["encode"](
+    return self.programs["encode"](
       {name: params[name] for name in parts.text_names},
       tokens.ids,
       tokens.counts,

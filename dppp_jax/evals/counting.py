@@ -191,7 +191,7 @@ def with_jax(
   rows = min(tile_rows(len(gallery)), len(query))
   width = max(1, int(labels.counts.max()))
   on_device = jax.device_put(gallery)
-  count = jax.jit(_count_tile, static_argnames=("metric",))
+  count = jax.jit(count_tile, static_argnames=("metric",))
   for start in range(0, len(query), rows):
     part = query[start : start + rows]
     same, _ = labels.same_pid(start, start + len(part), width)
@@ -205,7 +205,7 @@ def with_jax(
     yield start, np.asarray(near)[: len(part)], np.asarray(ranks)[: len(part)]
 
 
-def _count_tile(
+def count_tile(
   query: jax.Array, gallery: jax.Array, same: jax.Array, *, metric: Metric
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the distances of the images `same` [b, S] and their ranks."""

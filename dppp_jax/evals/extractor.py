@@ -285,6 +285,17 @@ def make_forward(
   return forward
 
 
+def param_shapes(spec: spec_lib.Spec) -> types.Params:
+  """Returns the tree of ShapeDtypeStructs that `make_forward` reads."""
+  shapes = {"clip": clip.param_shapes(spec.vision)}
+  if spec.feature == "content":
+    width = jax.ShapeDtypeStruct((1, spec.vision.projection_dim), np.float32)
+    shapes["projector"] = jax.eval_shape(
+      heads.Projector(**spec.projector).init, jax.random.key(0), width
+    )["params"]
+  return shapes
+
+
 def _take(features: np.ndarray, start: int, output: jax.Array) -> None:
   part = features[start : start + len(output)]
   part[:] = np.asarray(output)[: len(part)]
@@ -321,12 +332,7 @@ def _used(
   spec: spec_lib.Spec, params: types.Params, where: str
 ) -> types.Params:
   """Returns the float32 parameters that the extractor reads, all accounted."""
-  expected = {"clip": clip.param_shapes(spec.vision)}
-  if spec.feature == "content":
-    width = jax.ShapeDtypeStruct((1, spec.vision.projection_dim), np.float32)
-    expected["projector"] = jax.eval_shape(
-      heads.Projector(**spec.projector).init, jax.random.key(0), width
-    )["params"]
+  expected = param_shapes(spec)
   names = tuple(
     name
     for name in _USED

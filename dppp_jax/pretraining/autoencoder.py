@@ -77,32 +77,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   corpus = corpora.draw(data, "train", data["num_canvases"])
   held_out = corpora.draw(data, "held_out", data["num_held_out"])
   net_config = make_config(config["model"])
-  dtype = jnp.dtype(config["dtype"])
   outcome = loop.fit(
-    [
-      stage_lib.Stage(
-        name=phase["name"],
-        init=functools.partial(_begin, net_config, is_first=number == 0),
-        loss=make_loss(
-          net_config,
-          Weights(**phase["weights"]),
-          crop=phase["crop"],
-          dtype=dtype,
-        ),
-        rules=((".*", phase["lr"]),),
-        batches=stage_lib.Shuffled(phase["batch_size"]),
-        epochs=phase["epochs"],
-        schedule=stage_lib.warmup_cosine(
-          warmup=phase["warmup"], final=phase["final"]
-        ),
-        weight_decay=settings["weight_decay"],
-        decoupled=True,
-        muon=settings["muon"],
-        bias_lr_multiplier=1.0,
-        clip_norm=1.0,
-      )
-      for number, phase in enumerate(settings["phases"])
-    ],
+    stages(config),
     source_lib.Arrays(corpus.images, np.arange(len(corpus))),
     workdir=folder,
     options=loop.Options(
@@ -131,6 +107,35 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   }
   cards.write(target, card(config, metrics), config=config, metrics=metrics)
   return target
+
+
+def stages(config: Mapping[str, Any]) -> list[stage_lib.Stage]:
+  """Returns a stage for each phase of a resolved configuration."""
+  net_config, settings = make_config(config["model"]), config["train"]
+  return [
+    stage_lib.Stage(
+      name=phase["name"],
+      init=functools.partial(_begin, net_config, is_first=number == 0),
+      loss=make_loss(
+        net_config,
+        Weights(**phase["weights"]),
+        crop=phase["crop"],
+        dtype=jnp.dtype(config["dtype"]),
+      ),
+      rules=((".*", phase["lr"]),),
+      batches=stage_lib.Shuffled(phase["batch_size"]),
+      epochs=phase["epochs"],
+      schedule=stage_lib.warmup_cosine(
+        warmup=phase["warmup"], final=phase["final"]
+      ),
+      weight_decay=settings["weight_decay"],
+      decoupled=True,
+      muon=settings["muon"],
+      bias_lr_multiplier=1.0,
+      clip_norm=1.0,
+    )
+    for number, phase in enumerate(settings["phases"])
+  ]
 
 
 def make_config(model: Mapping[str, Any]) -> vae.Config:

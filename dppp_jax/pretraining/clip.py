@@ -56,18 +56,13 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   data, train = config["data"], config["train"]
   cache = data.get("cache", folder)
   corpus = _training(data, cache)
-  attributes = [name for name, v in wardrobe.VALUES.items() if len(v) > 1]
-  sentences = [
-    wardrobe.phrases(name, value)
-    for name in attributes
-    for value in wardrobe.VALUES[name]
-  ]
+  attributes = _attributes()
   if begin:
     tokenizer, (clip_config, params) = load.tokenizer(beginning), begin
   else:
     words = folder / "tokenizer"
     vocab_size = tokenizer_lib.train_tokenizer(
-      [*corpus.captions, *(text for group in sentences for text in group)],
+      [*corpus.captions, *(text for group in _sentences() for text in group)],
       words,
       vocab_size=config["model"]["vocab_size"],
     )
@@ -79,11 +74,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     clip_config,
     clip_pretrain.tokenize(tokenizer, corpus.captions, max_length=length),
     _values(corpus, attributes),
-    clip_pretrain.Prompts(
-      _wordings(tokenizer, sentences, length),
-      tuple(len(wardrobe.VALUES[name]) for name in attributes),
-    ),
-    phases=[_phase(phase, attributes) for phase in train["phases"]],
+    class_prompts(tokenizer, max_length=length),
+    phases=phases(train),
     batch_size=train["batch_size"],
     weight_decay=train["weight_decay"],
     augment=augment,
@@ -142,6 +134,24 @@ def make_config(
       pad_token_id=tokenizer.pad_token_id,
     ),
     projection_dim=size,
+  )
+
+
+def phases(train: Mapping[str, Any]) -> list[clip_pretrain.Phase]:
+  """Returns the phases of a configuration's `train`."""
+  return [_phase(phase, _attributes()) for phase in train["phases"]]
+
+
+def class_prompts(tokenizer: Any, *, max_length: int) -> clip_pretrain.Prompts:
+  """Returns the sentences of all values of all attributes that differ.
+
+  Args:
+    tokenizer: a transformers CLIPTokenizer.
+    max_length: positions of the text tower.
+  """
+  return clip_pretrain.Prompts(
+    _wordings(tokenizer, _sentences(), max_length),
+    tuple(len(wardrobe.VALUES[name]) for name in _attributes()),
   )
 
 
@@ -231,6 +241,20 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     rest = " |" * len(domains)
     lines.append(f"| {key} | | {metrics['studio'][key]:.1%}{rest}")
   return "\n".join(lines) + "\n"
+
+
+def _attributes() -> list[str]:
+  """Returns the attributes that people differ in."""
+  return [name for name, v in wardrobe.VALUES.items() if len(v) > 1]
+
+
+def _sentences() -> list[Sequence[str]]:
+  """Returns the wordings of each value of each attribute."""
+  return [
+    wardrobe.phrases(name, value)
+    for name in _attributes()
+    for value in wardrobe.VALUES[name]
+  ]
 
 
 def _phase(

@@ -16,6 +16,7 @@ from dppp_jax.paperdoll import canvas_corpus
 from dppp_jax.pretraining import cards, corpora, latents
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
+from dppp_jax.train import stage as stage_lib
 from dppp_jax.weights import diffusers_folder
 
 _SAYS = {
@@ -51,15 +52,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   drawn = corpora.draw(data, "train", data["num_canvases"])
   held_out = corpora.draw(data, "held_out", data["num_held_out"])
   images = [control_images(one, kind, data) for one in (drawn, held_out)]
-  stages = stack_lib.phases(
-    stack,
-    config,
-    init=beginnings.controlnet_init(stack.system, stack.given),
-    rules=lambda rate: (("controlnet/.*", rate), (".*", None)),
-    data=stack_lib.examples(stack, drawn, data, control=images[0]),
-  )
+  examples = stack_lib.examples(stack, drawn, data, control=images[0])
   outcome = stack_lib.fit(
-    stages,
+    stages(stack, config, examples),
     len(drawn),
     config,
     folder,
@@ -76,6 +71,27 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     return None
   unseen = stack_lib.examples(stack, held_out, data, control=images[1])
   return export(folder, stack, outcome.params, config, kind=kind, data=unseen)
+
+
+def stages(
+  stack: stack_lib.Stack,
+  config: Mapping[str, Any],
+  data: Mapping[str, Any],
+) -> list[stage_lib.Stage]:
+  """Returns a stage for each phase of a resolved configuration.
+
+  Args:
+    stack: of `begin`.
+    config: see `train`.
+    data: of `stack.examples`.
+  """
+  return stack_lib.phases(
+    stack,
+    config,
+    init=beginnings.controlnet_init(stack.system, stack.given),
+    rules=lambda rate: (("controlnet/.*", rate), (".*", None)),
+    data=data,
+  )
 
 
 def export(

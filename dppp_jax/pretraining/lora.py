@@ -22,6 +22,7 @@ from dppp_jax.paperdoll import canvas_corpus, lexicon
 from dppp_jax.pretraining import cards, controlnet, corpora, latents
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
+from dppp_jax.train import stage as stage_lib
 from dppp_jax.weights import diffusion_rules, lora_write
 
 _SOFTENED = 0.35  # Share of a canvas' own light, see `canvases.draw`.
@@ -76,16 +77,6 @@ def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
     transform=_transform(kind, corpus),
     label=kind,
   )
-  stages = stack_lib.phases(
-    stack,
-    config,
-    init=beginnings.lora_init(
-      stack.given, targets=model["targets"], rank=model["rank"]
-    ),
-    rules=lambda rate: (("lora/.*", rate), (".*", None)),
-    data=of(drawn),
-    lora_scale=scale,
-  )
   merged = lambda params: {
     **params,
     "unet": adapters.merge(params["unet"], params["lora"], scale=scale),
@@ -98,7 +89,9 @@ def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
     dtype=jnp.dtype(config["dtype"]),
     merged=merged,
   )
-  outcome = stack_lib.fit(stages, len(drawn), config, folder, watch)
+  outcome = stack_lib.fit(
+    stages(stack, config, of(drawn)), len(drawn), config, folder, watch
+  )
   if not outcome.finished:
     return None
   lora_write.save(
@@ -123,6 +116,31 @@ def _train_one(kind, stack, config, folder, target) -> dict[str, Any] | None:
     **cards.cost(folder, settings["phases"]),
     "parameters": trees.count(outcome.params["lora"]),
   }
+
+
+def stages(
+  stack: stack_lib.Stack,
+  config: Mapping[str, Any],
+  data: Mapping[str, Any],
+) -> list[stage_lib.Stage]:
+  """Returns a stage for each phase of a resolved configuration.
+
+  Args:
+    stack: of the base.
+    config: see `train`.
+    data: of `stack.examples`.
+  """
+  model = config["model"]
+  return stack_lib.phases(
+    stack,
+    config,
+    init=beginnings.lora_init(
+      stack.given, targets=model["targets"], rank=model["rank"]
+    ),
+    rules=lambda rate: (("lora/.*", rate), (".*", None)),
+    data=data,
+    lora_scale=model["alpha"] / model["rank"],
+  )
 
 
 def detail(image: np.ndarray, words: Mapping[str, str]) -> np.ndarray:

@@ -58,24 +58,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   images, mattes = cells(corpus, vae=data["vae"])
   net_config = make_config(config["model"])
   outcome = loop.fit(
-    [
-      stage_lib.Stage(
-        name="matting",
-        init=functools.partial(_begin, net_config),
-        loss=make_loss(net_config, dtype=jnp.dtype(config["dtype"])),
-        rules=((".*", settings["lr"]),),
-        batches=stage_lib.Shuffled(settings["batch_size"]),
-        epochs=settings["epochs"],
-        schedule=stage_lib.warmup_cosine(
-          warmup=settings["warmup"], final=settings["final"]
-        ),
-        weight_decay=settings["weight_decay"],
-        decoupled=True,
-        bias_lr_multiplier=1.0,
-        clip_norm=1.0,
-        extras={"matte": mattes},
-      )
-    ],
+    [stage(config, mattes)],
     source_lib.Arrays(images, np.arange(len(images))),
     workdir=folder,
     options=loop.Options(
@@ -104,6 +87,32 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   }
   cards.write(target, card(config, metrics), config=config, metrics=metrics)
   return target
+
+
+def stage(config: Mapping[str, Any], mattes: types.Array) -> stage_lib.Stage:
+  """Returns the training of a resolved configuration.
+
+  Args:
+    config: see `train`.
+    mattes: uint8 [N, h, w], of its pictures.
+  """
+  net_config, settings = make_config(config["model"]), config["train"]
+  return stage_lib.Stage(
+    name="matting",
+    init=functools.partial(_begin, net_config),
+    loss=make_loss(net_config, dtype=jnp.dtype(config["dtype"])),
+    rules=((".*", settings["lr"]),),
+    batches=stage_lib.Shuffled(settings["batch_size"]),
+    epochs=settings["epochs"],
+    schedule=stage_lib.warmup_cosine(
+      warmup=settings["warmup"], final=settings["final"]
+    ),
+    weight_decay=settings["weight_decay"],
+    decoupled=True,
+    bias_lr_multiplier=1.0,
+    clip_norm=1.0,
+    extras={"matte": mattes},
+  )
 
 
 def make_config(model: Mapping[str, Any]) -> u2net.Config:

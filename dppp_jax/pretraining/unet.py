@@ -15,6 +15,7 @@ from dppp_jax.models import clip, unet_config
 from dppp_jax.pretraining import cards, controlnet, corpora
 from dppp_jax.pretraining import stack as stack_lib
 from dppp_jax.train import run
+from dppp_jax.train import stage as stage_lib
 from dppp_jax.weights import diffusers_folder, hub, load, pipeline_folder
 
 
@@ -38,13 +39,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   data, settings = config["data"], config["train"]
   drawn = corpora.draw(data, "train", data["num_canvases"])
   held_out = corpora.draw(data, "held_out", data["num_held_out"])
-  given, begin_at = stack.given, beginnings.unet_init
-  kind, images, more = "", (None, None), {}
+  kind, images = "", (None, None)
   if config["model"]["control"]:
     kind = config["model"]["control"]["kind"]
-    if not config["begin"]:  # Otherwise all networks are given.
-      begin_at = beginnings.joint_init
-    more = {"control_drop": settings["control_drop"]}
     images = [
       controlnet.control_images(one, kind, data) for one in (drawn, held_out)
     ]
@@ -52,18 +49,8 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
     stack_lib.examples(stack, one, data, control=shown)
     for one, shown in zip((drawn, held_out), images, strict=True)
   ]
-  stages = stack_lib.phases(
-    stack,
-    config,
-    init=begin_at(stack.system, given),
-    rules=lambda rate: rules(
-      rate, settings["text_lr_factor"], has_control=bool(kind)
-    ),
-    data=examples[0],
-    **more,
-  )
   outcome = stack_lib.fit(
-    stages,
+    stages(stack, config, examples[0]),
     len(drawn),
     config,
     folder,
@@ -101,6 +88,35 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   }
   cards.write(target, card(config, metrics), config=config, metrics=metrics)
   return target
+
+
+def stages(
+  stack: stack_lib.Stack,
+  config: Mapping[str, Any],
+  data: Mapping[str, Any],
+) -> list[stage_lib.Stage]:
+  """Returns a stage for each phase of a resolved configuration.
+
+  Args:
+    stack: of `begin`.
+    config: see `train`.
+    data: of `stack.examples`.
+  """
+  begin_at, more = beginnings.unet_init, {}
+  if config["model"]["control"]:
+    if not config["begin"]:  # Otherwise all networks are given.
+      begin_at = beginnings.joint_init
+    more = {"control_drop": config["train"]["control_drop"]}
+  return stack_lib.phases(
+    stack,
+    config,
+    init=begin_at(stack.system, stack.given),
+    rules=lambda rate: rules(
+      rate, config["train"]["text_lr_factor"], has_control=bool(more)
+    ),
+    data=data,
+    **more,
+  )
 
 
 def begin(config: Mapping[str, Any]) -> stack_lib.Stack:

@@ -1,0 +1,329 @@
+"""Compiles for an NVIDIA H200 what a GPU user meets; no GPU is needed.
+
+    make gpu-check
+    python benchmarks/aot.py [--programs ptl,psd] [--list] [--again] [--write]
+
+XLA and the CUDA plugin compile ahead of time for the device that
+benchmarks/h200_target.txt describes. Of each program of aot_programs.py it is
+asserted that it compiles, that all that is donated is written in place, that
+its memory stays below a bound, that hardly any product is of float32, and how
+many attentions run in cuDNN. What breaks an assertion is said in one line, and
+the exit code is 1.
+
+Results are kept in benchmarks/results as each program ends. A program is not
+compiled again while it lowers to the same text for the same target and
+versions; --again compiles it all the same. --write puts the table into
+docs/gpu.md, of what is kept.
+
+Nothing is run. Memory is what XLA assigned; FLOP and bytes are counted from the
+HLO (hlo_cost.py) and are estimates, as are the milliseconds that they would
+take at the peak of an H200. Kernels are not autotuned without a device.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+# Before JAX is imported: the device that is there computes nothing.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import aot_programs
+import common
+import flops
+import hlo_cost
+import jax
+from jax.experimental import topologies
+
+from dppp_jax import devices, errors
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+TARGET = _ROOT / "benchmarks" / "h200_target.txt"
+RESULTS = _ROOT / "benchmarks" / "results" / "aot-nvidia_h200.json"
+PAGE = _ROOT / "docs" / "gpu.md"
+_BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
+_BANDWIDTH = 4.8e12  # Bytes a second, NVIDIA's data sheet of the H200.
+_PACKAGES = (
+  "jax", "jaxlib", "jax-cuda12-plugin", "nvidia-cudnn-cu12",
+  "nvidia-cublas-cu12", "nvidia-cuda-nvcc-cu12", "flax", "optax",
+)  # fmt: skip
+
+
+def topology() -> Any:
+  """Returns the H200 that there is not.
+
+  Raises:
+    errors.UserError: JAX's CUDA plugin is not installed.
+  """
+  try:
+    return topologies.get_topology_desc(
+      platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
+    )
+  except Exception as error:  # Of PJRT, in many ways.
+    line = str(error).splitlines()[0][:120]
+    raise errors.UserError(
+      f"JAX cannot compile for CUDA here ({line}): run make gpu-check, which"
+      " installs jax[cuda12] in .venv-gpu"
+    ) from error
+
+
+def compile_program(
+  program: aot_programs.Program,
+  device: jax.Device,
+  before: dict[str, Any] | None = None,
+  *,
+  hlo: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Compiles a program and returns its facts.
+
+  Args:
+    program: which.
+    device: of `topology`.
+    before: facts of an earlier time; they are returned where the program
+      lowers to the same text.
+    hlo: folder for the HLO text, or None.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  begin = time.perf_counter()
+  job = program.build(False)
+  with devices.traced_for("gpu"):
+    lowered = job.trace(put).lower()
+  digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+  if before is not None and before.get("lowered") == digest:
+    return before
+  traced, cpu = time.perf_counter(), time.process_time()
+  compiled = lowered.compile()
+  ended = time.perf_counter()
+  text = compiled.as_text()
+  if hlo is not None:
+    hlo.mkdir(parents=True, exist_ok=True)
+    (hlo / f"{program.name}.hlo").write_text(text)
+  cost, memory = hlo_cost.count(text), compiled.memory_analysis()
+  sizes = {
+    name: getattr(memory, f"{name}_size_in_bytes")
+    for name in ("argument", "output", "temp", "alias")
+  }
+  return {
+    "lowered": digest,
+    "commit": common.commit(),
+    "donated": job.donated,
+    **sizes,
+    "peak": sum(sizes.values()) - 2 * sizes["alias"],
+    "flops": cost.flops,
+    "bytes": cost.nbytes,
+    "bytes_left_out": cost.left_out,
+    "kernels": cost.kernels,
+    "unknown_loops": cost.unknown_loops,
+    "wide_share": cost.wide_share,
+    "trace_s": round(traced - begin, 1),
+    "compile_s": round(ended - traced, 1),
+    "compile_cpu_s": round(time.process_time() - cpu, 1),
+  }
+
+
+def violations(
+  program: aot_programs.Program, facts: dict[str, Any]
+) -> list[str]:
+  """Returns what a program's facts break, in one line each."""
+  if "error" in facts:
+    return [f"{program.name}: does not compile: {facts['error']}"]
+  found = []
+  if facts["alias"] < facts["donated"]:
+    found.append(
+      f"{facts['donated'] / 1e9:.3f} GB are donated, and"
+      f" {facts['alias'] / 1e9:.3f} written in place"
+    )
+  if facts["peak"] > 1e9 * program.peak:
+    found.append(
+      f"needs {facts['peak'] / 1e9:.2f} GB, its bound is {program.peak:g}"
+    )
+  if program.wide is not None and facts["wide_share"] > program.wide:
+    found.append(
+      f"{facts['wide_share']:.2%} of its FLOP are float32, at most"
+      f" {program.wide:.2%} may be"
+    )
+  if facts["kernels"]["attention"] != program.attentions:
+    found.append(
+      f"{facts['kernels']['attention']} attentions in cuDNN, expected are"
+      f" {program.attentions}"
+    )
+  return [f"{program.name}: {line}" for line in found]
+
+
+def chosen(names: str) -> list[aot_programs.Program]:
+  """Returns the programs whose names begin with one of some, or all.
+
+  Raises:
+    errors.UserError: no program is called so.
+  """
+  programs = aot_programs.programs()
+  if not names:
+    return list(programs)
+  starts = [name for name in names.split(",") if name]
+  for start in starts:
+    if not any(program.name.startswith(start) for program in programs):
+      raise errors.UserError(
+        f"--programs {start}: no such program; --list names them"
+      )
+  return [p for p in programs if p.name.startswith(tuple(starts))]
+
+
+def read() -> dict[str, Any]:
+  """Returns what is kept: {"benchmark", "environment", "results"}."""
+  if RESULTS.is_file():
+    return json.loads(RESULTS.read_text())
+  return {"benchmark": "aot", "environment": {}, "results": {}}
+
+
+def environment() -> dict[str, Any]:
+  """Returns what the results depend on, and no machine's name."""
+  return {
+    "target": re.search(
+      r'device_description_str: "(.*)"', TARGET.read_text()
+    ).group(1),
+    "target_sha256": hashlib.sha256(TARGET.read_bytes()).hexdigest()[:16],
+    "packages": common.versions(_PACKAGES),
+  }
+
+
+def keep(kept: dict[str, Any]) -> None:
+  """Writes the results, in the order of the programs; the old file or all."""
+  order = [program.name for program in aot_programs.programs()]
+  kept["results"] = {
+    name: kept["results"][name] for name in order if name in kept["results"]
+  }
+  scratch = RESULTS.with_name(f".{RESULTS.name}.tmp")
+  scratch.write_text(json.dumps(kept, indent=2) + "\n")
+  scratch.replace(RESULTS)
+
+
+def run(args: argparse.Namespace) -> list[str]:
+  """Compiles what was chosen; returns what is wrong, in one line each."""
+  device = topology().devices[0]
+  kept, wrong = read(), []
+  where = environment()
+  if kept["environment"] != where:
+    kept = {**kept, "environment": where, "results": {}}  # Of other versions.
+  programs = chosen(args.programs)
+  for number, program in enumerate(programs, 1):
+    label = f"[{number}/{len(programs)}] {program.name}"
+    print(f"{label}: {program.about}", flush=True)
+    begin = time.perf_counter()
+    before = None if args.again else kept["results"].get(program.name)
+    hlo = pathlib.Path(args.hlo) if args.hlo else None
+    try:
+      facts = compile_program(program, device, before, hlo=hlo)
+    except Exception as error:  # One program shall not keep the others back.
+      lines = str(error).splitlines() or [""]
+      facts = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+    jax.clear_caches()
+    kept["results"][program.name] = facts
+    keep(kept)
+    broken = violations(program, facts)
+    wrong += broken
+    what = "WRONG" if broken else "good"
+    if facts is before:
+      what += ", as before"
+    seconds = time.perf_counter() - begin
+    peak = f", {facts['peak'] / 1e9:.2f} GB" if "peak" in facts else ""
+    print(f"{label}: {what}{peak}, {seconds:.0f} s", flush=True)
+  return wrong
+
+
+def table(kept: dict[str, Any]) -> str:
+  """Returns the Markdown of all programs that are kept."""
+  peak = flops.bfloat16_peak(kept["environment"]["target"])
+  header = [
+    "program", "what", "arguments", "temporary", "peak (bound), GB", "TFLOP",
+    "GB moved", "ms by FLOP", "ms by bytes", "attentions", "convolutions",
+    "products", "other kernels", "compile s",
+  ]  # fmt: skip
+  rows = []
+  for program in aot_programs.programs():
+    facts = kept["results"].get(program.name)
+    if facts is None:
+      continue
+    if "error" in facts:
+      rows.append([program.name, facts["error"], *[""] * (len(header) - 2)])
+      continue
+    total, kernels = sum(facts["flops"].values()), facts["kernels"]
+    gigabytes = lambda key, facts=facts: f"{facts[key] / 1e9:.2f}"
+    unit = "" if program.unit == "a call" else f", {program.unit}"
+    rows.append(
+      [
+        f"`{program.name}`",
+        f"{program.about}{unit}",
+        gigabytes("argument"),
+        gigabytes("temp"),
+        f"{gigabytes('peak')} ({program.peak:g})",
+        f"{total / 1e12:.3g}",
+        f"{facts['bytes'] / 1e9:.3g}",
+        f"{1e3 * total / peak:.2g}",
+        f"{1e3 * facts['bytes'] / _BANDWIDTH:.2g}",
+        *(str(kernels[kind]) for kind in ("attention", "convolution")),
+        str(kernels["product"]),
+        str(kernels["fusion"] + kernels["other"]),
+        f"{facts['compile_s']:.0f}",
+      ]
+    )
+  return common.markdown(header, rows)
+
+
+def section(kept: dict[str, Any]) -> str:
+  """Returns the part of docs/gpu.md that this script writes."""
+  where, results = kept["environment"], kept["results"]
+  versions = ", ".join(f"{k} {v}" for k, v in where["packages"].items())
+  commits = sorted({x["commit"] for x in results.values() if "commit" in x})
+  note = (
+    f"Compiled for {where['target']} with {versions}; commit"
+    f" {', '.join(commits)}. All figures are estimates: nothing was run.\n"
+  )
+  return f"{_BEGIN}\n\n{note}\n{table(kept)}\n{_END}"
+
+
+def page(text: str, kept: dict[str, Any]) -> str:
+  """Returns docs/gpu.md with the table of what is kept.
+
+  Args:
+    text: of the page as it is.
+    kept: of `read`.
+  """
+  before, rest = text.split(_BEGIN)
+  return before + section(kept) + rest.split(_END)[1]
+
+
+def main() -> int:
+  """Compiles, or writes the page; returns the exit code."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--programs", default="", help="beginnings of names")
+  parser.add_argument("--list", action="store_true", help="name all programs")
+  parser.add_argument("--again", action="store_true", help="compile anew")
+  parser.add_argument("--write", action="store_true", help="write docs/gpu.md")
+  parser.add_argument("--hlo", default="", help="folder for the HLO texts")
+  args = parser.parse_args()
+  if args.list:
+    for program in aot_programs.programs():
+      print(f"{program.name:24} {program.about}")
+    return 0
+  if args.write:
+    PAGE.write_text(page(PAGE.read_text(), read()))
+    print(PAGE)
+    return 0
+  try:
+    wrong = run(args)
+  except errors.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  for line in wrong:
+    print(line, file=sys.stderr)
+  return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
