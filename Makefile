@@ -1,4 +1,5 @@
 # make demo | test | lint | bench | pretrain; each sets up .venv first.
+# make gpu-check compiles for a GPU without one; it sets up .venv-gpu (7 GB).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +9,11 @@ PEOPLE ?= mini
 # In order: later ones are trained on what earlier ones give.
 NETS ?= clip clip_cells vae u2netp unet unet:more controlnet_canny lora
 PIN := -c constraints.txt --disable-pip-version-check -q
+VENV_GPU := .venv-gpu
+# Names of programs, or how they begin, with commas between; empty: all.
+PROGRAMS ?=
 
-.PHONY: demo test lint bench pretrain setup setup-test clean
+.PHONY: demo test lint bench pretrain gpu-check setup setup-test clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -28,6 +32,13 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	@$(BIN)/python -m pip install $(PIN) -e ".[test]"
 	@touch $@
 
+$(VENV_GPU)/.ready: setup.cfg pyproject.toml constraints.txt constraints-gpu.txt
+	@echo "setting up $(VENV_GPU) (some minutes and 7 GB the first time)"
+	@test -x $(VENV_GPU)/bin/python || $(PYTHON) -m venv $(VENV_GPU)
+	@$(VENV_GPU)/bin/python -m pip install $(PIN) -c constraints-gpu.txt \
+	  -e . "jax[cuda12]"
+	@touch $@
+
 demo: setup
 	@$(BIN)/python launch/demo.py --seeds $(SEEDS) --people $(PEOPLE)
 
@@ -42,6 +53,10 @@ bench: setup-test
 	@for script in retrieval input_pipeline train_step; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; done
 
+# What ended before is not compiled again, see benchmarks/aot.py.
+gpu-check: $(VENV_GPU)/.ready
+	@$(VENV_GPU)/bin/python benchmarks/aot.py --programs "$(PROGRAMS)"
+
 # "unet:more" is a preset, in a run folder of its own: runs/pretrain_unet_more.
 pretrain: setup
 	@for net in $(NETS); do file=$${net%%:*}; preset=$${net#$$file}; \
@@ -51,4 +66,4 @@ pretrain: setup
 	  || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) $(VENV_GPU) runs data

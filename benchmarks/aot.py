@@ -192,11 +192,20 @@ def environment() -> dict[str, Any]:
   }
 
 
-def keep(kept: dict[str, Any]) -> None:
-  """Writes the results, in the order of the programs; the old file or all."""
-  order = [program.name for program in aot_programs.programs()]
-  kept["results"] = {
-    name: kept["results"][name] for name in order if name in kept["results"]
+def keep(name: str, facts: dict[str, Any]) -> None:
+  """Writes a program's facts beside those of the others.
+
+  A reader sees the old file or the new one. What was compiled by other versions
+  is dropped.
+  """
+  kept, where = read(), environment()
+  results = kept["results"] if kept["environment"] == where else {}
+  results = {**results, name: facts}
+  order = [p.name for p in aot_programs.programs() if p.name in results]
+  kept = {
+    "benchmark": "aot",
+    "environment": where,
+    "results": {name: results[name] for name in order},
   }
   scratch = RESULTS.with_name(f".{RESULTS.name}.tmp")
   scratch.write_text(json.dumps(kept, indent=2) + "\n")
@@ -206,16 +215,15 @@ def keep(kept: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> list[str]:
   """Compiles what was chosen; returns what is wrong, in one line each."""
   device = topology().devices[0]
-  kept, wrong = read(), []
-  where = environment()
-  if kept["environment"] != where:
-    kept = {**kept, "environment": where, "results": {}}  # Of other versions.
-  programs = chosen(args.programs)
+  programs, wrong = chosen(args.programs), []
+  kept = read()
+  same = kept["environment"] == environment()
+  known = kept["results"] if same and not args.again else {}
   for number, program in enumerate(programs, 1):
     label = f"[{number}/{len(programs)}] {program.name}"
     print(f"{label}: {program.about}", flush=True)
     begin = time.perf_counter()
-    before = None if args.again else kept["results"].get(program.name)
+    before = known.get(program.name)
     hlo = pathlib.Path(args.hlo) if args.hlo else None
     try:
       facts = compile_program(program, device, before, hlo=hlo)
@@ -223,8 +231,7 @@ def run(args: argparse.Namespace) -> list[str]:
       lines = str(error).splitlines() or [""]
       facts = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
     jax.clear_caches()
-    kept["results"][program.name] = facts
-    keep(kept)
+    keep(program.name, facts)
     broken = violations(program, facts)
     wrong += broken
     what = "WRONG" if broken else "good"
