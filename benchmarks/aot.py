@@ -30,8 +30,9 @@ import sys
 import time
 from typing import Any
 
-# Before JAX is imported: the device that is there computes nothing.
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":
+  # Before JAX is imported: a device that is there is not needed.
+  os.environ["JAX_PLATFORMS"] = "cpu"
 
 import aot_programs
 import common
@@ -214,8 +215,8 @@ def keep(name: str, facts: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> list[str]:
   """Compiles what was chosen; returns what is wrong, in one line each."""
-  device = topology().devices[0]
   programs, wrong = chosen(args.programs), []
+  device = topology().devices[0]
   kept = read()
   same = kept["environment"] == environment()
   known = kept["results"] if same and not args.again else {}

@@ -1,7 +1,8 @@
 """What every benchmark shares: the machine's name, timing, tables, JSON.
 
 Benchmarks are run as `python benchmarks/x.py`, so that they say
-`import common`; each prints a table and leaves benchmarks/results/x-*.json.
+`import common`; each prints a table and leaves benchmarks/results/x-*.json, or
+leaves it in the folder that $BENCHMARK_RESULTS names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from typing import Any
 
 import jax
 
-_RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+_HERE = pathlib.Path(__file__).resolve().parent
+_RESULTS = pathlib.Path(os.environ.get("BENCHMARK_RESULTS", _HERE / "results"))
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -184,7 +186,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def commit() -> str:
   """Returns the short commit, with "+" where files differ from it."""
-  git = ["git", "-C", str(_RESULTS.parent)]
+  git = ["git", "-C", str(_HERE)]
   try:
     run = lambda *words: subprocess.run(
       [*git, *words], capture_output=True, text=True, check=True

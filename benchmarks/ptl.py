@@ -235,12 +235,14 @@ class Side:
     self._count += 1
     return values
 
-  def check(self, variant: str, steps: int) -> list[tuple[float, float]]:
-    """Returns (loss, gradient norm) of the next steps, in float32."""
+  def check(
+    self, variant: str, steps: int, bfloat16: bool = False
+  ) -> list[tuple[float, float]]:
+    """Returns (loss, gradient norm) of the next steps; in float32 if not told."""
     found = []
     for _ in range(steps):
-      values = np.asarray(self.step(variant, bfloat16=False))
-      names = self._program(bfloat16=False)[1]
+      values = np.asarray(self.step(variant, bfloat16=bfloat16))
+      names = self._program(bfloat16=bfloat16)[1]
       row = dict(zip(names, values.tolist(), strict=True))
       found.append((row["loss"], row["grad_norm"]))
     return found

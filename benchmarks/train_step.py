@@ -14,7 +14,8 @@ Both sides start from the same weights, and before anything is timed the loss
 and the gradient norm of the first steps are compared in float32: a benchmark
 of different mathematics would be worthless. They have a process each and take
 turns. `cpu s` is processor time: where it is far below seconds times cores,
-other work had its share of the machine.
+other work had its share of the machine. Where PyTorch cannot run, on a GPU that
+it was not built for, this project's step is measured alone.
 """
 
 import argparse
@@ -40,18 +41,24 @@ _COMPILED = "compiled"
 
 @contextlib.contextmanager
 def _sides(
-  setting: ptl.Setting,
-) -> Iterator[tuple[remote.Remote, remote.Remote]]:
-  """Gives both sides, with the same weights."""
-  with tempfile.TemporaryDirectory() as scratch:
+  setting: ptl.Setting, notes: list[str]
+) -> Iterator[tuple[remote.Remote, remote.Remote | None]]:
+  """Gives both sides, with the same weights; None where PyTorch cannot run."""
+  with contextlib.ExitStack() as stack:
+    scratch = stack.enter_context(tempfile.TemporaryDirectory())
     folder = str(pathlib.Path(scratch) / "clip")
     ours = remote.Remote("ptl:Side", folder, setting)
-    with contextlib.closing(ours):
-      theirs = remote.Remote(
-        "torch_ptl:Side", folder, ours.new_modules(), setting.batch(), setting
-      )
-      with contextlib.closing(theirs):
-        yield ours, theirs
+    stack.enter_context(contextlib.closing(ours))
+    theirs, given = None, (folder, ours.new_modules(), setting.batch(), setting)
+    try:
+      theirs = remote.Remote("torch_ptl:Side", *given)
+      stack.enter_context(contextlib.closing(theirs))
+    except remote.Failed as error:
+      note = f"torch: {error}"
+      print(note, flush=True)
+      if note not in notes:
+        notes.append(note)
+    yield ours, theirs
 
 
 def _check(ours: Any, theirs: Any) -> list[dict[str, Any]]:
@@ -74,7 +81,7 @@ def _check(ours: Any, theirs: Any) -> list[dict[str, Any]]:
 
 
 def _measure(
-  ours: Any, theirs: Any, *, rounds: int, steps: int, compiled: bool
+  ours: Any, theirs: Any | None, *, rounds: int, steps: int, compiled: bool
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
   """Times all variants in turns.
 
@@ -82,8 +89,9 @@ def _measure(
     ({variant: {"times", "cpu", "first"}} in seconds, notes on what failed).
   """
   sides: dict[str, Any] = {"ours": ours}
-  sides |= {f"torch, {text}": theirs for text in _TEXTS}
-  if compiled:
+  if theirs is not None:
+    sides |= {f"torch, {text}": theirs for text in _TEXTS}
+  if compiled and theirs is not None:
     sides |= {f"torch {_COMPILED}, {text}": theirs for text in _TEXTS}
   found, notes = {}, []
   for name, side in sides.items():
@@ -127,6 +135,8 @@ def _report(
 def _ratios(report: dict[str, dict[str, Any]]) -> dict[str, Any]:
   """Returns how many times faster ours is than the better PyTorch variant."""
   torch = {name: row for name, row in report.items() if name != "ours"}
+  if not torch:
+    return {}
   best = min(torch, key=lambda name: torch[name]["median_s"])
   ours, theirs = report["ours"], torch[best]
   pairs = zip(theirs["times_s"], ours["times_s"], strict=True)
@@ -142,16 +152,16 @@ def _ratios(report: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _run(args: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
   """Checks and measures one model."""
   setting = ptl.settings(gpu=gpu)[args.model]
-  parts = flops.ptl_step(setting)
+  parts, notes = flops.ptl_step(setting), []
   with contextlib.ExitStack() as stack:
-    ours, theirs = stack.enter_context(_sides(setting))
-    checks = _check(ours, theirs)
+    ours, theirs = stack.enter_context(_sides(setting, notes))
+    checks = _check(ours, theirs) if theirs is not None else []
     if gpu:
       # The float32 steps would count as the peak of memory.
       stack.close()
-      ours, theirs = stack.enter_context(_sides(setting))
-    device = theirs.device_name()
-    found, notes = _measure(
+      ours, theirs = stack.enter_context(_sides(setting, notes))
+    device = theirs.device_name() if theirs is not None else None
+    found, failed = _measure(
       ours,
       theirs,
       rounds=args.rounds,
@@ -159,6 +169,7 @@ def _run(args: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
       compiled=not args.no_compile,
     )
     sides = {"ours": ours, "torch": theirs}
+    sides = {name: side for name, side in sides.items() if side is not None}
     memory = lambda x: x.device_memory() if gpu else x.host_memory()
     peak_memory = {name: memory(side) for name, side in sides.items()}
     if gpu:
@@ -173,13 +184,15 @@ def _run(args: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
     "dtype": "bfloat16" if gpu else "float32",
     "torch_device": device,
     "threads": os.cpu_count(),
-    "largest_difference": max(row["difference"] for row in checks),
+    "largest_difference": max(
+      (row["difference"] for row in checks), default=None
+    ),
     "flops": parts,
     "peak_flops_per_s": peak,
     "peak_memory_bytes": peak_memory,
     "variants": report,
     **_ratios(report),
-    "notes": notes,
+    "notes": notes + failed,
   }
 
 
@@ -200,13 +213,14 @@ def _print(results: dict[str, Any]) -> None:
   print()
   print(common.table(header, rows))
   memory = results["peak_memory_bytes"]
-  print(
-    f"\n{results['times_faster']:.2f} times the speed of"
-    f" {results['better_pytorch']} (minima"
-    f" {results['times_faster_by_min']:.2f}, processor time"
-    f" {results['times_faster_by_cpu_time']:.2f});"
-    f" memory {memory['ours'] / 1e9:.2f} | {memory['torch'] / 1e9:.2f} GB"
-  )
+  if "times_faster" in results:
+    print(
+      f"\n{results['times_faster']:.2f} times the speed of"
+      f" {results['better_pytorch']} (minima"
+      f" {results['times_faster_by_min']:.2f}, processor time"
+      f" {results['times_faster_by_cpu_time']:.2f})"
+    )
+  print("memory", " | ".join(f"{x / 1e9:.2f} GB" for x in memory.values()))
   for note in results["notes"]:
     print(note)
 
