@@ -7,6 +7,8 @@ beside others than usual has other pixels.
 
 import hashlib
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -283,7 +285,25 @@ def test_another_canvas_for_those_who_need_it(run, whole):
   assert events.count("canvases") == sum(1 + n for n in most)
 
 
-def test_poses_and_backgrounds_of_another_canvas(run, whole):
+def test_after_a_signal_nobody_is_given_another_canvas(run, whole, tmp_path):
+  """Who needs one is left to the next run, and the same comes of it."""
+  path, _ = whole
+
+  class Stopped(Mixer):
+    def draw(self, *args, **options):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return super().draw(*args, **options)
+
+  mixer, further = Stopped(), _manifest(path)["further_seeds"]
+  outcome = run(mixer, tmp_path)
+  assert outcome.exit_code == 143 and mixer.events.count("canvases") == 1
+  assert outcome.made == sum(str(pid) not in further for pid in range(BATCH))
+  assert outcome.made < BATCH
+  assert run(Mixer(), tmp_path).finished
+  _equal(tmp_path, path)
+
+
+def test_poses_of_another_canvas(run, whole):
   path, _ = whole
   held = shards.load(path)
   records = [held.record(i) for i in range(len(held))]
