@@ -17,7 +17,9 @@ def define_flags():
   """Defines where the dataset goes, and who makes which part of it."""
   flags.DEFINE_string("data_dir", "data", "Folder that tfds.load looks into.")
   flags.DEFINE_string(
-    "shard", "0/1", "i/N: make every N-th person, beside N - 1 other processes."
+    "shard",
+    "0/1",
+    "i/N: make every N-th group of people, beside N - 1 other processes.",
   )
   flags.DEFINE_integer(
     "num_processes",

@@ -473,6 +473,111 @@ def test_what_a_controlnet_is_shown_is_another_dataset(places, tmp_path):
   assert len({store.fingerprint(one) for one in grounds}) == 1
 
 
+def test_backgrounds_depend_on_no_matting_and_no_rule(places):
+  def grounds(**changes):
+    config, found = _config(places)
+    for key, value in changes.items():
+      group, name = key.split("__")
+      config[group][name] = value
+    digests = networks.digests(config, found)
+    if config["models"]["u2net"] == "another":
+      digests["u2net"] = {"name": "another", "sha256": "0" * 64}
+    told = generation._told(config, digests, generation._dtypes(config))
+    return store.fingerprint(generation._told_of_backgrounds(told))
+
+  for change in (
+    {"matting__dtype": "bfloat16"},
+    {"matting__size": (64, 64)},
+    {"matting__decontaminate": True},
+    {"models__u2net": "another"},
+    {"rules__min_area": 0.2},
+    {"control__pose_scale": 0.5},
+    {"run__batch_size": 3},
+    {"prompt__negative": "a crowd"},
+  ):
+    assert grounds(**change) == grounds(), change
+  for change in (
+    {"sampler__dtype": "bfloat16"},
+    {"sampler__vae_dtype": "bfloat16"},
+    {"sampler__steps": 4},
+    {"prompt__min_chunks": 2},
+    {"backgrounds__negative": "a crowd"},
+  ):
+    assert grounds(**change) != grounds(), change
+
+
+def test_without_further_tries_a_dataset_is_as_before_there_were_any(places):
+  config, found = _config(places)
+  digests = networks.digests(config, found)
+  told = generation._told(config, digests, {})
+  assert (told["tries"], told["min_images"]) == (3, 4)
+  told = generation._told(config | {"tries": 1}, digests, {})
+  assert not {"tries", "min_images"} & told.keys()
+
+
+@pytest.fixture(scope="module")
+def parts(places):
+  """The small networks' base without its weights."""
+  return networks.base(*_config(places))
+
+
+def test_chunks_are_a_prompts_own(parts):
+  long = ", ".join(["a woman in a red coat, front view"] * 12)
+  longer = ", ".join([long] * 2)
+  count = lambda texts, long="chunk", negative="", least=1: networks.chunks_of(
+    parts, texts, negative=negative, long=long, least=least
+  )
+  one, two, more = count(["a man", long, longer])
+  assert one == 1 < two < more
+  assert [count([text]) for text in ("a man", long)] == [[one], [two]]
+  assert count(["a man", longer], negative=long) == [two, more]
+  assert count(["a man", longer], least=two) == [two, more]
+  assert count(["a man", long], long="truncate") == [1, 1]
+  assert count(["a man", long], long="error") == [1, 0]
+
+
+def test_a_group_is_drawn_for_each_number_of_chunks(places, parts):
+  """By `_draws`: everybody's picture is that of its own number of chunks."""
+  long = ", ".join(["a woman in a red coat, front view"] * 12)
+  texts = ["a man", long, "a woman"]
+  calls = []
+
+  class Sampler:
+    def sample(self, texts, *, seeds, control_images, min_chunks, **options):
+      calls.append((texts, seeds, control_images[0][:, 0, 0, 0].tolist()))
+      shade = np.array(seeds, np.uint8)[:, None, None, None]
+      return np.full((3, 2, 2, 3), 10 * min_chunks, np.uint8) + shade
+
+  config, _ = _config(places)
+  config["backgrounds"]["size"] = (2, 2)
+  config["run"]["batch_size"] = 3
+  draw, draw_ground = generation._draws(
+    Sampler(),
+    config,
+    networks.Networks(parts, None, lambda a, b: [a, b], [], ("pose", "grid")),
+    canvas.Layout(rows=1, cols=1, cell=(2, 2), multiple=2),
+  )
+  (two,) = networks.chunks_of(
+    parts, [long], negative=config["prompt"]["negative"], long="chunk"
+  )
+  skeletons = np.arange(3, dtype=np.uint8)[:, None, None, None]
+  drawn = draw(
+    texts,
+    [1, 2, 3],
+    skeletons=np.broadcast_to(skeletons, (3, 2, 2, 3)),
+    grid=np.zeros((2, 2, 3), np.uint8),
+  )
+  assert calls == [
+    (["a man", "a man", "a woman"], [1, 1, 3], [0, 0, 2]),
+    ([long] * 3, [2, 2, 2], [1, 1, 1]),
+  ]
+  assert np.asarray(drawn)[:, 0, 0, 0].tolist() == [11, 10 * two + 2, 13]
+  calls.clear()
+  drawn = draw_ground(texts, [1, 2, 3])
+  assert np.asarray(drawn)[:, 0, 0, 0].tolist() == [11, 10 * two + 2, 13]
+  assert len(calls) == 2
+
+
 def test_a_networks_name_is_what_the_user_called_it(places, tmp_path):
   """A hub's folder has the name of a commit."""
   snapshot = tmp_path / "snapshots" / "0123abcd"

@@ -90,7 +90,9 @@ def features(
       ),
       "pid": tfds.features.Scalar(np.int64, doc="Identity, from 0."),
       "cell": tfds.features.Scalar(
-        np.int64, doc="Place on the identity's canvas, row by row."
+        np.int64,
+        doc="Place on the identity's canvas, row by row; on its second canvas"
+        " from the number of cells on.",
       ),
       "pose": tfds.features.Scalar(np.int64, doc="Skeleton of the pose bank."),
       "view": tfds.features.ClassLabel(names=list(VIEWS)),
