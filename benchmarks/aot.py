@@ -48,6 +48,8 @@ TARGET = _ROOT / "benchmarks" / "h200_target.txt"
 RESULTS = _ROOT / "benchmarks" / "results" / "aot-nvidia_h200.json"
 PAGE = _ROOT / "docs" / "gpu.md"
 _BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
+_CARDS = (24, 80)  # GB.
+_USABLE = 0.92  # Of a card, for XLA.
 _BANDWIDTH = 4.8e12  # Bytes a second, NVIDIA's data sheet of the H200.
 _PACKAGES = (
   "jax", "jaxlib", "jax-cuda12-plugin", "nvidia-cudnn-cu12",
@@ -261,6 +263,8 @@ def table(kept: dict[str, Any]) -> str:
       rows.append([program.name, facts["error"], *[""] * (len(header) - 2)])
       continue
     total, kernels = sum(facts["flops"].values()), facts["kernels"]
+    # Of float32 a GPU makes TF32 where it may, at half the rate.
+    wide = facts["wide_share"] * total
     gigabytes = lambda key, facts=facts: f"{facts[key] / 1e9:.2f}"
     unit = "" if program.unit == "a call" else f", {program.unit}"
     rows.append(
@@ -272,7 +276,7 @@ def table(kept: dict[str, Any]) -> str:
         f"{gigabytes('peak')} ({program.peak:g})",
         f"{total / 1e12:.3g}",
         f"{facts['bytes'] / 1e9:.3g}",
-        f"{1e3 * total / peak:.2g}",
+        f"{1e3 * (total + wide) / peak:.2g}",
         f"{1e3 * facts['bytes'] / _BANDWIDTH:.2g}",
         *(str(kernels[kind]) for kind in ("attention", "convolution")),
         str(kernels["product"]),
@@ -281,6 +285,59 @@ def table(kept: dict[str, Any]) -> str:
       ]
     )
   return common.markdown(header, rows)
+
+
+def fits(kept: dict[str, Any]) -> str:
+  """Returns the Markdown of what cards of two sizes can run, by memory.
+
+  A step of training needs its state whatever the batch is, and temporaries in
+  proportion to it. Generation holds all its networks; a batch is denoised while
+  the one before is decoded and matted, so that temporaries of all three count.
+  """
+  results = kept["results"]
+  sizes = {card: card * _USABLE for card in _CARDS}
+  rows = []
+  for name in ("ptl_device", "ptl_host", "psd_device", "psd_host"):
+    facts = results.get(name, {})
+    if "peak" not in facts:
+      continue
+    of_one = facts["temp"] / 64
+    state = facts["peak"] - facts["temp"]
+    texts = []
+    for usable in sizes.values():
+      most = int((1e9 * usable - state) / of_one) // 8 * 8
+      texts.append(f"{min(most, 1024)} pictures" if most >= 8 else "no")
+    rows.append([f"`{name}`", f"{facts['peak'] / 1e9:.1f} GB at 64", *texts])
+  for model in ("canvas", "sdxl"):
+    for dtype in ("f32", "bf16"):
+      needs = _generation(results, model, f"matting_{dtype}")
+      if not needs:
+        continue
+      texts = []
+      for usable in sizes.values():
+        good = [b for b, need in needs.items() if need <= 1e9 * usable]
+        texts.append(f"batch {max(good)}" if good else "no")
+      each = ", ".join(f"{x / 1e9:.1f} at {b}" for b, x in needs.items())
+      what = f"`{model}`, matting in {dtype}"
+      rows.append([what, f"{each} GB", *texts])
+  header = ["what", "needs", *(f"{card} GB" for card in _CARDS)]
+  return common.markdown(header, rows)
+
+
+def _generation(
+  results: dict[str, Any], model: str, matting: str
+) -> dict[int, float]:
+  """Returns {batch: bytes} of all that generation holds at once."""
+  found = {}
+  for batch in (1, 4, 8):
+    names = [f"{model}_denoise_{batch}", f"{model}_decode_{batch}"]
+    names += [f"canvas_encode_{batch}", matting]
+    facts = [results.get(name, {}) for name in names]
+    if all("peak" in one for one in facts):
+      held = sum(one["argument"] for one in facts)
+      waits = [one["temp"] for one in facts if one is not facts[2]]
+      found[batch] = held + sum(waits)
+  return found
 
 
 def section(kept: dict[str, Any]) -> str:
@@ -292,7 +349,14 @@ def section(kept: dict[str, Any]) -> str:
     f"Compiled for {where['target']} with {versions}; commit"
     f" {', '.join(commits)}. All figures are estimates: nothing was run.\n"
   )
-  return f"{_BEGIN}\n\n{note}\n{table(kept)}\n{_END}"
+  about = (
+    "What fits, with"
+    f" `XLA_PYTHON_CLIENT_MEM_FRACTION={_USABLE:g}` (JAX takes 0.75 of a card"
+    " otherwise). Training: the largest batch, at most 1024. Generation: the"
+    " largest of batches 1, 4 and 8.\n"
+  )
+  parts = [_BEGIN, note, table(kept), about, fits(kept)]
+  return "\n\n".join(part.strip("\n") for part in parts) + f"\n\n{_END}"
 
 
 def page(text: str, kept: dict[str, Any]) -> str:

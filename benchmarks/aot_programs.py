@@ -377,7 +377,7 @@ def _spec(tiny: bool) -> spec_lib.Spec:
   return spec_lib.Spec(**found | {"vision": vision})
 
 
-def _extractor(tiny: bool, *, dtype: str) -> Job:
+def extractor(tiny: bool, *, dtype: str) -> Job:
   """Returns the extractor, 64 pictures at once."""
   spec = _spec(tiny)
   images = shape((4 if tiny else 64, *spec.image_size, 3), jnp.uint8)
@@ -517,7 +517,7 @@ def programs() -> tuple[Program, ...]:
       Program(
         name=f"extractor_{name}",
         about=f"features of 64 pictures, ViT-B/16, {dtype}",
-        build=of(_extractor, dtype=dtype),
+        build=of(extractor, dtype=dtype),
         peak=0.65,
         attentions=11 if name == "bf16" else 0,
         wide=0.01 if name == "bf16" else None,
@@ -585,13 +585,15 @@ def programs() -> tuple[Program, ...]:
       about="step of PSD, 64 pictures, all pictures on the device",
       build=of(_paper, name="psd"),
       peak=14.0,
+      attentions=11,
       unit="a step",
     ),
     Program(
       name="psd_host",
       about="step of PSD, pictures sent by the host",
       build=of(_paper, name="psd", placement="host"),
-      peak=1.2,
+      peak=1.0,
+      attentions=11,
       unit="a step",
     ),
     Program(
@@ -599,13 +601,15 @@ def programs() -> tuple[Program, ...]:
       about="step of PTL, 64 pictures, all pictures on the device",
       build=of(_paper, name="ptl"),
       peak=19.0,
+      attentions=22,
       unit="a step",
     ),
     Program(
       name="ptl_host",
       about="step of PTL, pictures sent by the host",
       build=of(_paper, name="ptl", placement="host"),
-      peak=6.5,
+      peak=6.0,
+      attentions=22,
       unit="a step",
     ),
   ]

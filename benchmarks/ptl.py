@@ -238,7 +238,7 @@ class Side:
   def check(
     self, variant: str, steps: int, bfloat16: bool = False
   ) -> list[tuple[float, float]]:
-    """Returns (loss, gradient norm) of the next steps; in float32 if not told."""
+    """Returns (loss, gradient norm) of the next steps, mostly in float32."""
     found = []
     for _ in range(steps):
       values = np.asarray(self.step(variant, bfloat16=bfloat16))

@@ -115,7 +115,7 @@ def test_one_violation_is_one_line_and_an_exit_code(
   monkeypatch.setattr(aot, "compile_program", compiled)
   assert aot.main() == 1
   lines = capsys.readouterr().err.splitlines()
-  assert lines == ["psd_host: needs 2.00 GB, its bound is 1.2"]
+  assert lines == ["psd_host: needs 2.00 GB, its bound is 1"]
   assert list(aot.read()["results"]) == ["psd_device", "psd_host"]
 
 
