@@ -8,17 +8,18 @@ store is told digests of the networks instead of their paths, so that moving
 them changes nothing and another network is another dataset.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import os
 import pathlib
-from typing import Any, NamedTuple
+import types as types_lib
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import cli, devices, errors, types
+from dppp_jax import cli, devices, errors, logs, types
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.geneperson import (
   backgrounds,
@@ -36,6 +37,8 @@ from dppp_jax.geneperson import (
 from dppp_jax.geneperson import networks as networks_lib
 from dppp_jax.paperdoll import world
 from dppp_jax.weights import diffusers_folder, u2net
+
+T = TypeVar("T")
 
 _MINI = "dppp_jax/assets/mini"
 _SLOTS = networks_lib.SLOTS
@@ -118,6 +121,7 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   checks.numbers(config)
   cap = config["cap"]
   grid, run, text = config["canvas"], config["run"], config["prompt"]
+  num_identities = config["num_identities"]
   layout = canvas.Layout(
     grid["rows"], grid["cols"], tuple(grid["cell"]), grid["multiple"]
   )
@@ -134,10 +138,6 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   words = vocabulary.default()
   if file := text["vocabulary"]:
     words = vocabulary.load(_shipped(file))
-  people = prompts.People(config["seed"], vocabulary=words)
-  persons = [people[pid] for pid in range(config["num_identities"])]
-  lightings = sorted({person.lighting for person in persons})
-  texts = _texts(config, persons, lightings, words)
   bank = pose_bank.default_bank()
   if folder := config["poses"]["openpose"]:
     bank = pose_bank.read_openpose(folder)
@@ -150,15 +150,22 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     devices.use_compilation_cache(pathlib.Path(folder).expanduser())
   base = networks_lib.base(config, places)
   checks.parts(config, base, networks_lib.control_names(places), layout)
-  networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
-  digests = networks_lib.digests(config, places)
+  with logs.waiting("hashing the networks' files", has_bar=True):
+    digests = networks_lib.digests(config, places)
   told = _told(config, digests, dtypes)
   told["vocabulary"] = words.digest
   told["poses"]["bank"] = bank.digest
   options = _options(dict(told), _SOURCE)
   if pipeline.is_finished(data_dir, **options):
     return Work(_nobody, options)
-  networks = networks_lib.load(config, places, dtypes)
+  people = prompts.People(config["seed"], vocabulary=words)
+  with logs.waiting(f"reading {num_identities} prompts"):
+    persons = [people[pid] for pid in range(num_identities)]
+    lightings = sorted({person.lighting for person in persons})
+    texts = _texts(config, persons, lightings, words)
+    networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
+  with logs.waiting("reading the networks", has_bar=True):
+    networks = networks_lib.load(config, places, dtypes)
   sampler = sampler_lib.Sampler(
     networks.parts,
     dtype=dtypes["sampler.dtype"],
@@ -172,9 +179,10 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     devices=shared,
   )
   draw, draw_ground = _draws(sampler, config, networks, layout)
+  mattes = _spoken(networks.mattes.dispatch, "compiling the matting network")
   pool = backgrounds.Pool(
     data_dir / "geneperson_backgrounds",
-    draw_ground,
+    _spoken(draw_ground, "compiling, and drawing the first backgrounds"),
     lightings=lightings,
     count=ground["count"],
     size=tuple(ground["size"]),
@@ -186,11 +194,11 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   )
   threads = run["num_threads"] or min(16, os.cpu_count() or 1)
   made = maker.Maker(
-    draw,
+    _spoken(draw, "compiling, and drawing the first canvases"),
     people=people,
     bank=bank,
     layout=layout,
-    mattes=networks.mattes,
+    mattes=types_lib.SimpleNamespace(dispatch=mattes),
     pool=pool,
     seed=config["seed"],
     batch_size=run["batch_size"],
@@ -211,6 +219,21 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     "device": jax.devices()[0].device_kind,
   }
   return Work(made, options | {"num_threads": threads, "about": about})
+
+
+def _spoken(call: Callable[..., T], text: str) -> Callable[..., T]:
+  """Waits for the result of the first call, and says so while it takes."""
+  begun = []
+
+  @functools.wraps(call)
+  def spoken(*args: Any, **options: Any) -> T:
+    if begun:
+      return call(*args, **options)
+    begun.append(True)
+    with logs.waiting(text):
+      return jax.block_until_ready(call(*args, **options))
+
+  return spoken
 
 
 def _nobody(pid: int) -> identity.Identity:

@@ -1,9 +1,12 @@
 """Metrics on disk and on the console, and progress bars."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
 import json
 import pathlib
 import sys
+import threading
+import time
 from typing import Any, TextIO
 
 import tqdm
@@ -45,6 +48,44 @@ def progress(
 def say(text: str) -> None:
   """Writes a line to stderr, above a progress bar where there is one."""
   tqdm.tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def waiting(
+  text: str,
+  *,
+  has_bar: bool = False,
+  first: float = 5.0,
+  every: float = 10.0,
+) -> Iterator[None]:
+  """Says what is being done, while the block takes long.
+
+  Args:
+    text: what is being done.
+    has_bar: whether the block shows a bar; then nothing is said where the bar
+      is seen.
+    first: seconds before the first word.
+    every: seconds between words.
+  """
+  done = threading.Event()
+  begin = time.monotonic()
+
+  def speak() -> None:
+    pause = first
+    while not done.wait(pause):
+      pause = every
+      say(f"{text}: {time.monotonic() - begin:.0f} s so far")
+
+  if has_bar and sys.stderr.isatty():
+    yield
+    return
+  speaker = threading.Thread(target=speak, name="waiting", daemon=True)
+  speaker.start()
+  try:
+    yield
+  finally:
+    done.set()
+    speaker.join()
 
 
 class Writer:

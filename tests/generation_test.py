@@ -279,6 +279,8 @@ def test_the_lora_is_merged(whole, places):
 def test_run_again_it_reads_no_network(whole, words, capsys, monkeypatch):
   path, _, _ = whole
   monkeypatch.setattr(sampler_lib, "Sampler", None)
+  monkeypatch.setattr(networks, "chunks", None)  # Nor any prompt.
+  monkeypatch.setattr(prompts, "People", None)
   assert generate(*words, f"--data_dir={path}") == 0
   assert "is finished, nobody was left to make" in capsys.readouterr().out
 
@@ -388,6 +390,7 @@ def _mistake(capsys, *words):
     (["run.num_threads=-1"], r"run\.num_threads=-1: must be 0 or more"),
     (["sampler.guidance_rescale=-1"], r"guidance_rescale=-1\.0: must be 0 or"),
     (["canvas.line_width=-2"], r"canvas\.line_width=-2: must be 0 or more"),
+    (["canvas.line_width=16"], r"canvas: line_width=16: lines must be narrow"),
     (["poses.fill=nan"], r"config\.poses\.fill=nan: must be a finite number"),
     (["sampler.guidance=nan"], r"sampler\.guidance=nan: must be a finite"),
     (["rules.min_area=nan"], r"rules\.min_area=nan: must be a finite"),

@@ -1,8 +1,11 @@
 """Metrics on disk: JSONL that survives a kill, TensorBoard on request."""
 
 import json
+import re
 import struct
 import sys
+import threading
+import types
 
 import pytest
 
@@ -54,3 +57,26 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
     data = data[12 + length + 4 :]
   assert found == [(7, "psd/loss", 0.5)]
+
+
+def test_long_waits_are_spoken_of_until_they_end(monkeypatch):
+  said, twice = [], threading.Event()
+
+  def say(text):
+    said.append(text)
+    if len(said) == 2:
+      twice.set()
+
+  monkeypatch.setattr(logs, "say", say)
+  with logs.waiting("compiling", first=0.0, every=0.0):
+    assert twice.wait(60)
+  count = len(said)
+  assert all(re.fullmatch(r"compiling: \d+ s so far", one) for one in said)
+  with pytest.raises(KeyError), logs.waiting("reading"):
+    raise KeyError  # What ends soon is not spoken of.
+  assert len(said) == count
+  # Where a bar is seen, the bar is enough.
+  monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+  with logs.waiting("loading", has_bar=True, first=0.0, every=0.0):
+    assert not any(t.name == "waiting" for t in threading.enumerate())
+  assert len(said) == count

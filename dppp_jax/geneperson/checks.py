@@ -107,6 +107,8 @@ def parts(
   named("prompt", check_text)
   named("sampler", lambda: schedulers.init(steps, base.scheduler))
   named("canvas", lambda: components_lib.canvas(base, [], layout.size))
+  line_width = config["canvas"]["line_width"]
+  named("canvas", lambda: canvas.grid_map(layout, line_width=line_width))
   size = tuple(config["backgrounds"]["size"])
   named("backgrounds.size", lambda: components_lib.canvas(base, [], size))
   if min(size[0] / layout.cell[0], size[1] / layout.cell[1]) < 1:
