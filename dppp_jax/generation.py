@@ -164,8 +164,13 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     lightings = sorted({person.lighting for person in persons})
     texts = _texts(config, persons, lightings, words)
     networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
+  place = sampler_lib.Placement(
+    dtypes["sampler.dtype"],
+    dtypes["sampler.vae_dtype"],
+    tuple(shared or jax.devices()[:1]),
+  )
   with logs.waiting("reading the networks", has_bar=True):
-    networks = networks_lib.load(config, places, dtypes)
+    networks = networks_lib.load(config, places, dtypes, place=place)
   sampler = sampler_lib.Sampler(
     networks.parts,
     dtype=dtypes["sampler.dtype"],

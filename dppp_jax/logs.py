@@ -45,6 +45,19 @@ def progress(
   )
 
 
+def progress_of_bytes(total: int, *, desc: str) -> tqdm.tqdm:
+  """Returns a bar that counts bytes, shown only where it takes a second."""
+  return tqdm.tqdm(
+    total=total,
+    desc=desc,
+    unit="B",
+    unit_scale=True,
+    delay=1,
+    dynamic_ncols=True,
+    disable=not sys.stderr.isatty(),
+  )
+
+
 def say(text: str) -> None:
   """Writes a line to stderr, above a progress bar where there is one."""
   tqdm.tqdm.write(text, file=sys.stderr)

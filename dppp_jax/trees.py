@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax import errors
@@ -125,6 +126,25 @@ def merge(
       + more
     )
   return unflatten({name: given.get(name, expected[name]) for name in expected})
+
+
+def to_float32(tree: Any) -> Any:
+  """Puts a tree on the device; floats of fewer bits become float32.
+
+  Files hold less than that, and what is trained needs it. Leaf by leaf: no
+  float32 copy is left on the host.
+  """
+
+  def put(leaf: Any) -> jax.Array:
+    # bfloat16 and float8 are foreign to NumPy: they have the kind "V".
+    is_float = np.dtype(leaf.dtype).kind in "fV"
+    is_small = is_float and leaf.dtype.itemsize < 4
+    if isinstance(leaf, jax.Array) and not is_small:
+      return leaf
+    # A copy always: files may change, and what trains is donated.
+    return jnp.array(leaf, jnp.float32 if is_small else None)
+
+  return jax.tree.map(put, tree)
 
 
 def count(tree: Any) -> int:

@@ -3,20 +3,25 @@
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import time
+import weakref
 
 import diffusers
 import diffusers_twins as twins
 import huggingface_hub
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
 
 from dppp_jax import errors, trees
+from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.geneperson import components, digests
 from dppp_jax.models import unet_config
 from dppp_jax.weights import (
@@ -286,6 +291,112 @@ def test_loras_are_merged_and_said(shelf, folder_parts, capsys):
   assert changed == {unet, text}
   for name in want:
     np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def half(shelf, tmp_path_factory):
+  """The base and a ControlNet in float16."""
+  root = tmp_path_factory.mktemp("half")
+  for name in ("xl", "grid"):
+    shutil.copytree(shelf / name, root / name)
+  for path in root.rglob("*.safetensors"):
+    tensors = safetensors.numpy.load_file(path)
+    cast = {k: v.astype(np.float16) for k, v in tensors.items()}
+    safetensors.numpy.save_file(cast, path)
+  return root
+
+
+def _is_in_file(array):
+  while isinstance(array, np.ndarray) and array.base is not None:
+    array = array.base
+  return isinstance(array, mmap.mmap)
+
+
+@pytest.mark.parametrize("stack_from", [0, 1])
+def test_leaves_stay_in_the_file_until_they_are_placed(shelf, half, stack_from):
+  """One leaf at a time is in memory, and no more than LoRAs touch is wide."""
+  alive, wide = [], []
+
+  def place(name, leaf):
+    # All that was made for earlier leaves is gone.
+    assert [ref for ref in alive if ref() is not None] == []
+    if leaf.dtype == np.float32:
+      wide.append(name)
+    else:
+      assert leaf.dtype == np.float16
+      assert _is_in_file(leaf) or "/transformer_blocks/" in name
+    if not _is_in_file(leaf):
+      alive.append(weakref.ref(leaf))
+    return jnp.asarray(leaf, jnp.bfloat16)
+
+  options = dict(
+    controlnets=[half / "grid"],
+    loras=[lora.Lora(shelf / "light.safetensors", scale=0.3)],
+    stack_from=stack_from,
+  )
+  components.load_components(half / "xl", place=place, **options)
+  blocks = "transformer_blocks" + ("" if stack_from else "_0")
+  assert wide == [
+    f"unet/down_blocks_1/attentions_0/{blocks}/attn2/to_k/kernel",
+    "text_encoder/text_model/encoder/layers_0/self_attn/q_proj/kernel",
+  ]
+  if not stack_from:
+    assert len(alive) == 2  # All others were views of the file.
+
+
+def test_placed_leaves_are_rounded_once(shelf, half):
+  """They are float32(W) + delta, cast: for bfloat16, not over float16."""
+  options = dict(
+    controlnets=[half / "grid"],
+    loras=[lora.Lora(shelf / "light.safetensors", scale=0.3)],
+  )
+  device = jax.devices()[:1]
+  place = sampler_lib.Placement(jnp.bfloat16, jnp.float32, tuple(device))
+  parts = components.load_components(half / "xl", place=place, **options)
+  host = components.load_components(half / "xl", **options)
+  got, from_host = trees.flatten(parts.params), trees.flatten(host.params)
+  assert got.keys() == from_host.keys()
+  narrow = 0
+  for name, leaf in got.items():
+    wide = np.asarray(from_host[name], np.float32)
+    small = ("time_embedding", "add_embedding", "conv_out", "quant_conv")
+    is_narrow = name.endswith("/kernel") and not name.startswith("vae/")
+    is_narrow &= not any(part in name for part in small)
+    assert leaf.dtype == (jnp.bfloat16 if is_narrow else jnp.float32), name
+    np.testing.assert_array_equal(leaf, wide.astype(leaf.dtype), err_msg=name)
+    narrow += is_narrow
+  assert narrow > 100
+  # One of them from the files themselves.
+  with_lora = safetensors.numpy.load_file(shelf / "light.safetensors")
+  down, up = (with_lora[f"unet.{LAYER}.lora_{x}.weight"] for x in "AB")
+  weight = safetensors.numpy.load_file(half / "xl/unet" / WEIGHTS)
+  weight = weight[f"{LAYER}.weight"].astype(np.float32)
+  want = weight + np.float32(0.3) * (up @ down)
+  name = "unet/down_blocks_1/attentions_0/transformer_blocks_0/attn2/to_k"
+  found = np.asarray(got[f"{name}/kernel"]).T
+  np.testing.assert_array_equal(found, want.astype(jnp.bfloat16))
+  twice = want.astype(np.float16).astype(jnp.bfloat16)
+  assert (found != twice).any()
+  # What is placed is used as it is, not copied.
+  used = sampler_lib.Sampler(
+    parts, dtype=jnp.bfloat16, vae_dtype=jnp.float32
+  ).params
+  pointer = lambda x: x.unsafe_buffer_pointer()
+  assert {k: pointer(v) for k, v in trees.flatten(used).items()} == {
+    k: pointer(v) for k, v in got.items()
+  }
+
+
+def test_damage_is_found_before_anything_is_placed(half, tmp_path):
+  shutil.copytree(half / "grid", tmp_path / "grid")
+  path = tmp_path / "grid" / WEIGHTS
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(errors.UserError, match="truncated"):
+    components.load_components(
+      half / "xl",
+      controlnets=[tmp_path / "grid"],
+      place=lambda name, leaf: pytest.fail(f"{name} was read"),
+    )
 
 
 def test_unmatched_modules_are_refused_or_said(shelf, capsys):

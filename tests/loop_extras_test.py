@@ -82,6 +82,26 @@ def test_average_is_that_of_the_equation(tmp_path, rows):
   assert steps == list(range(1, 10))
 
 
+def test_masters_are_float32_whatever_the_file_holds(tmp_path, rows):
+  """And train as those that were float32 from the beginning."""
+  begin = {
+    "w": {"kernel": np.linspace(0, 1, 5, dtype=np.float16)},
+    "held": {"kernel": np.ones(2, jnp.bfloat16)},
+  }
+  wide = {k: {"kernel": v["kernel"].astype("f")} for k, v in begin.items()}
+  init = lambda tree: lambda *_: (tree, {"seen": {"count": jnp.zeros(())}})
+  half, full = (
+    _fit(
+      tmp_path / name,
+      [_stage(rows, init=init(tree), ema=0.5)],
+    )
+    for name, tree in (("half", begin), ("full", wide))
+  )
+  for name, leaf in trees.flatten(half.params).items():
+    assert leaf.dtype == jnp.float32
+    np.testing.assert_array_equal(leaf, trees.flatten(full.params)[name])
+
+
 def test_average_resumes_to_the_bit(tmp_path, rows):
   whole = _fit(tmp_path / "whole", [_stage(rows, ema=0.9)])
   _fit(tmp_path / "parts", [_stage(rows, ema=0.9, epochs=1)])

@@ -52,12 +52,13 @@ def write(folder, tensors, name="model.safetensors"):
   safetensors.numpy.save_file(tensors, folder / name)
 
 
-def same(a, b, rtol=0.0):
+def same(a, b, rtol=0.0, dtype="float32"):
   a, b = trees.flatten(a), trees.flatten(b)
   assert a.keys() == b.keys()
   for name in a:
-    assert a[name].dtype == np.float32
-    np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
+    assert a[name].dtype.name == dtype
+    found, wanted = (np.asarray(x[name], np.float32) for x in (a, b))
+    np.testing.assert_allclose(found, wanted, rtol=rtol, err_msg=name)
 
 
 def test_every_container_gives_the_same_parameters(hf, tmp_path):
@@ -65,13 +66,13 @@ def test_every_container_gives_the_same_parameters(hf, tmp_path):
   config, params = load.clip(source)
   state = model.state_dict()
 
-  def check(name, rtol=0.0):
+  def check(name, rtol=0.0, dtype="float32"):
     (tmp_path / name).mkdir(exist_ok=True)
     text = (source / "config.json").read_text()
     (tmp_path / name / "config.json").write_text(text)
     again, loaded = load.clip(tmp_path / name)
     assert again == config
-    same(loaded, params, rtol)
+    same(loaded, params, rtol, dtype)
 
   model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
   assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 2
@@ -87,6 +88,7 @@ def test_every_container_gives_the_same_parameters(hf, tmp_path):
     ("double", torch.float64, 0),
   ):
     (tmp_path / name).mkdir()
+    kind = str(dtype).removeprefix("torch.")  # Loaded is what the file has.
     cast = {k: v.to(dtype).contiguous() for k, v in state.items()}
     # Early checkpoints hold this buffer too.
     cast["text_model.embeddings.position_ids"] = torch.arange(16)[None]
@@ -99,8 +101,9 @@ def test_every_container_gives_the_same_parameters(hf, tmp_path):
       ),
       params,
       rtol,
+      kind,
     )
-    check(name, rtol)
+    check(name, rtol, kind)
     if rtol:
       # The very numbers of the file, not merely close ones.
       exact = cast["logit_scale"].float().numpy()
@@ -111,7 +114,7 @@ def test_every_container_gives_the_same_parameters(hf, tmp_path):
   torch.save(
     {"epoch": 3, "state_dict": inside}, tmp_path / "train/pytorch_model.bin"
   )
-  check("train", 2e-2)
+  check("train", 2e-2, "bfloat16")
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -246,7 +249,8 @@ def test_what_is_exported_transformers_loads(hf, tmp_path):
   loaded = load.clip(tmp_path / "half")[1]
   same(
     loaded,
-    jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), params),
+    jax.tree.map(lambda x: x.astype(np.float16), params),
+    dtype="float16",
   )
   size = lambda p: (p / "model.safetensors").stat().st_size
   assert size(tmp_path / "half") < 0.7 * size(target)
@@ -324,6 +328,54 @@ def test_weights_that_are_no_numbers_are_named(folder, value):
     errors.UserError, match=r"tensor text_model\.final_layer_norm\.bias holds"
   ):
     load.clip(path)
+
+
+@pytest.mark.parametrize(
+  "dtype",
+  ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"],
+)
+def test_what_is_finite_is_known_of_every_type(dtype, monkeypatch):
+  """All patterns of bits, against NumPy in float32; the last of many blocks."""
+  monkeypatch.setattr(convert, "_BLOCK", 7)
+  dtype = jnp.dtype(dtype)
+  if dtype.itemsize > 2:
+    patterns = np.array([0, 1, -2, 1e-40, 3e38, np.nan, np.inf, -np.inf], dtype)
+  else:
+    bits = np.arange(256**dtype.itemsize)
+    patterns = bits.astype(f"uint{8 * dtype.itemsize}").view(dtype)
+  good = np.isfinite(patterns.astype(np.float32))
+  assert good.any() and not good.all()
+  assert convert.is_finite(patterns[good])
+  some = np.resize(patterns[good], (10, 2))
+  for bad in patterns[~good][:: max(1, (~good).sum() // 50)]:
+    whole = some.copy()
+    whole[-1, -1] = bad
+    assert not convert.is_finite(whole)
+    assert not convert.is_finite(whole.T)
+
+
+def test_trees_become_float32_on_the_device(tmp_path):
+  half = np.arange(6, dtype=np.float16).reshape(2, 3) / 7
+  tree = {
+    "half": half.T,
+    "brain": half.astype(jnp.bfloat16),
+    "small": half.astype(jnp.float8_e4m3fn),
+    "wide": half.astype(np.float32),
+    "counts": np.arange(3),
+  }
+  got = trees.to_float32(tree)
+  for name, leaf in got.items():
+    assert isinstance(leaf, jax.Array)
+    if name != "counts":
+      assert leaf.dtype == jnp.float32
+    np.testing.assert_array_equal(leaf, tree[name].astype(leaf.dtype))
+  # A file that changes later changes nothing.
+  path = tmp_path / "x"
+  path.write_bytes(np.zeros(1024, np.float32).tobytes())
+  mapped = np.memmap(path, np.float32, "r+")
+  leaf = trees.to_float32([mapped])[0]
+  mapped[:] = 1
+  np.testing.assert_array_equal(leaf, 0)
 
 
 def test_integers_in_the_place_of_floats_are_refused(folder):

@@ -12,6 +12,7 @@ There are two kinds of it, with and without guidance, which doubles the work.
 
 import collections
 from collections.abc import Mapping, Sequence
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -37,6 +38,49 @@ _WIDE = re.compile(
   r".*\b(time_embedding|(control_)?add_embedding|class_embedding|conv_out"
   r"|(post_)?quant_conv|transformer_layes_\d+|spatial_ch_projs)/.*"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Puts parameters on the device in the dtypes that the programs take.
+
+  Attributes:
+    dtype: of the networks' matrix products.
+    vae_dtype: of the decoder's.
+    devices: all of them hold all parameters.
+  """
+
+  dtype: jax.typing.DTypeLike
+  vae_dtype: jax.typing.DTypeLike
+  devices: tuple[jax.Device, ...]
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """The devices, of which each draws a part of the batch."""
+    return jax.sharding.Mesh(np.array(self.devices), ("batch",))
+
+  def __call__(self, name: str, value: types.Array) -> jax.Array:
+    """Returns a leaf on the devices.
+
+    Args:
+      name: "unet/conv_in/kernel"
+      value: in any precision; from there it is rounded once.
+    """
+    dtype = self.dtype_of(name)  # Once: in the loop it would be at each step.
+    if isinstance(value, jax.Array):
+      value = value.astype(dtype)
+    else:
+      # In the order of the file, which is fast; on its way to the device it is
+      # turned. A copy always: on a CPU the file itself would be the device's.
+      value = np.array(value, dtype, order="K")
+    everywhere = jax.sharding.NamedSharding(self.mesh, _ALL)
+    return jax.device_put(value, everywhere)
+
+  def dtype_of(self, name: str) -> jnp.dtype:
+    """Returns the dtype in which the programs take a parameter."""
+    if not name.endswith("/kernel") or _WIDE.fullmatch(name):
+      return jnp.dtype(jnp.float32)
+    return jnp.dtype(self.vae_dtype if name.startswith("vae/") else self.dtype)
 
 
 class Sampler:
@@ -106,8 +150,9 @@ class Sampler:
     self._vae_dtype = jnp.dtype(vae_dtype)
     self._long, self._min_chunks = long_prompts, min_chunks
     self._decode_batch = decode_batch
-    devices = devices or jax.devices()[:1]
-    self._mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+    devices = tuple(devices or jax.devices()[:1])
+    self._placement = Placement(self._dtype, self._vae_dtype, devices)
+    self._mesh = self._placement.mesh
     options = {"dtype": dtype, "stack_from": components.stack_from}
     self._kinds = components_lib.check_kinds(components.controlnets, kinds)
     self._networks = denoise.Networks(
@@ -143,24 +188,18 @@ class Sampler:
     """Puts parameters on the device in the dtypes that the programs take.
 
     Args:
-      params: as `Components.params`, e.g. with another set of LoRAs merged.
+      params: as `Components.params`, e.g. with another set of LoRAs merged;
+        what is there already, by `Placement`, stays.
 
     Returns:
       What `sample` takes as `params`.
     """
     flat = trees.flatten(params)
-    everywhere = jax.sharding.NamedSharding(self._mesh, _ALL)
-    for name, value in flat.items():
-      # Once, here: in the loop it would be done at each step.
-      value = np.asarray(value, self.dtype_of(name))
-      flat[name] = jax.device_put(value, everywhere)
-    return trees.unflatten(flat)
+    return trees.unflatten({k: self._placement(k, v) for k, v in flat.items()})
 
   def dtype_of(self, name: str) -> jnp.dtype:
     """Returns the dtype in which the programs take a parameter."""
-    if not name.endswith("/kernel") or _WIDE.fullmatch(name):
-      return jnp.dtype(jnp.float32)
-    return self._vae_dtype if name.startswith("vae/") else self._dtype
+    return self._placement.dtype_of(name)
 
   def sample(self, prompts: Sequence[str], **options: Any) -> jax.Array:
     """Draws pictures.

@@ -24,7 +24,7 @@ from dppp_jax.data import source as source_lib
 from dppp_jax.data import transforms
 from dppp_jax.evals import spec as spec_lib
 from dppp_jax.models import clip, heads
-from dppp_jax.weights import hub, load
+from dppp_jax.weights import convert, hub, load
 
 RUN_FILE = "extractor.json"
 EXPORT_FILE = "config.json"
@@ -49,7 +49,7 @@ class Extractor:
     spec: as given.
     where: as given.
     dtype: name of the compute dtype.
-    params: float32, exactly those that are used.
+    params: float32 on the device, exactly those that are used.
     num_compilations: programs compiled so far: at most one.
 
   Raises:
@@ -77,7 +77,6 @@ class Extractor:
     self._num_threads = num_threads or min(8, os.cpu_count() or 1)
     self._forward = make_forward(spec, dtype)
     self._compiled = None
-    self._on_device = None
 
   def __call__(
     self,
@@ -149,7 +148,7 @@ class Extractor:
     waiting = None  # One batch is on the device while the next is read.
     for start, batch, good in self._batches(read, num, on_corrupt):
       sound[start : start + len(good)] = good
-      output = self._compiled(self._on_device, batch)
+      output = self._compiled(self.params, batch)
       if waiting is not None:
         _take(features, *waiting)
       waiting = start, output
@@ -200,12 +199,11 @@ class Extractor:
       pool.shutdown(wait=True, cancel_futures=True)
 
   def _compile(self) -> None:
-    self._on_device = jax.device_put(self.params)
     images = jax.ShapeDtypeStruct(
       (self._batch_size, *self.spec.image_size, 3), np.uint8
     )
     forward = jax.jit(self._forward)
-    self._compiled = forward.lower(self._on_device, images).compile()
+    self._compiled = forward.lower(self.params, images).compile()
     self.num_compilations += 1
 
 
@@ -331,7 +329,7 @@ def _to_image(item: Any, i: int) -> np.ndarray:
 def _used(
   spec: spec_lib.Spec, params: types.Params, where: str
 ) -> types.Params:
-  """Returns the float32 parameters that the extractor reads, all accounted."""
+  """Returns in float32 what the extractor reads; all is accounted for."""
   expected = param_shapes(spec)
   names = tuple(
     name
@@ -344,14 +342,14 @@ def _used(
     if name.startswith(names)
   }
   merged = trees.flatten(trees.merge(expected, given, where=where))
-  merged = {k: np.asarray(v, np.float32) for k, v in merged.items()}
+  merged = {k: np.asarray(v) for k, v in merged.items()}
   for name, leaf in merged.items():
-    if not np.isfinite(leaf).all():
+    if not convert.is_finite(leaf):
       raise errors.UserError(
         f"{where}: the tensor {name} holds NaN or Inf: the training diverged,"
         " take an earlier checkpoint"
       )
-  return trees.unflatten(merged)
+  return trees.unflatten(trees.to_float32(merged))
 
 
 def _is_export(path: pathlib.Path) -> bool:

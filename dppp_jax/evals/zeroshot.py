@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppp_jax import trees
 from dppp_jax.data import transforms
 from dppp_jax.evals import spec
 from dppp_jax.models import clip
@@ -81,7 +82,7 @@ def load(folder: pathlib.Path) -> Encoder:
   pictures = spec.of_clip(folder, config.vision)
   return Encoder(
     config,
-    params,
+    trees.to_float32(params),
     weights.tokenizer(folder),
     mean=pictures.mean,
     std=pictures.std,

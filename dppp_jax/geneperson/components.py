@@ -7,24 +7,29 @@ parts = components.load_components(
 )
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import pathlib
 from typing import NamedTuple
 
-from dppp_jax import logs, types
+import jax
+import numpy as np
+
+from dppp_jax import logs, trees, types
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import schedulers
 from dppp_jax.geneperson import digests as digests_lib
 from dppp_jax.geneperson import sources
 from dppp_jax.weights import (
   diffusers_folder,
+  diffusion_rules,
   lora,
   lora_keys,
   single_file,
 )
 
 Path = str | pathlib.Path
+Place = Callable[[str, types.Array], types.Array]
 
 
 class Found(NamedTuple):
@@ -87,12 +92,17 @@ def load_components(
   tokenizers: Sequence[Path] | None = None,
   configs: single_file.Configs | None = None,
   allow_unmatched: bool = False,
+  place: Place | None = None,
 ) -> components_lib.Components:
   """Loads a Stable Diffusion 1.x, 2.x or XL with ControlNets and LoRAs.
 
   What can be found wrong without reading the weights (missing and truncated
   files, parts of different base models, LoRAs for another one) is found before
   they are read.
+
+  Files are mapped into memory, and their weights keep the files' precision. A
+  system that is too large for the host's memory goes to the device leaf by
+  leaf, with `place`.
 
   Args:
     base: folder of a diffusers pipeline (model_index.json, unet/, vae/,
@@ -113,9 +123,12 @@ def load_components(
     configs: of a single file whose networks are not those of the base models.
     allow_unmatched: merge what fits of LoRAs with modules that the networks do
       not have.
+    place: (name, leaf) -> what stands for the leaf, called as soon as it is
+      read; see `sampler.Placement`. None: the leaf itself, in the file.
 
   Returns:
-    Components, float32 on the host.
+    Components, in the precision of the files, or float32 where LoRAs are merged
+    into them; or what `place` made of them.
 
   Raises:
     errors.UserError: a part is missing, damaged, or for another model.
@@ -130,17 +143,52 @@ def load_components(
     configs=configs,
   )
   parts = dataclasses.replace(parts, stack_from=stack_from)
+  merging = None
   if loras:
-    lora.check(
+    merging = lora.Merge(
       sources.param_shapes(parts), loras, allow_unmatched=allow_unmatched
     )
-  params = found.params(stack_from=stack_from)
-  for k, (path, net) in enumerate(zip(nets, parts.controlnets, strict=True)):
-    params[components_lib.controlnet_name(k)] = sources.controlnet(
-      path, net, variant=variant, stack_from=stack_from
-    )
-  params = merge_loras(params, loras, allow_unmatched=allow_unmatched)
+
+  def networks() -> Iterator[tuple[str, types.Params]]:
+    yield from found.params()
+    for k, (path, net) in enumerate(zip(nets, parts.controlnets, strict=True)):
+      name = components_lib.controlnet_name(k)
+      yield name, sources.controlnet(path, net, variant=variant)
+
+  params = {
+    name: _placed(name, tree, merging, place, stack_from=stack_from)
+    for name, tree in networks()
+  }
+  if merging:
+    _say_merged(loras, merging.reports())
   return dataclasses.replace(parts, params=params)
+
+
+def _placed(
+  component: str,
+  params: types.Params,
+  merging: lora.Merge | None,
+  place: Place | None,
+  *,
+  stack_from: int,
+) -> types.Params:
+  """Merges, stacks and places one leaf after the other."""
+  flat = trees.flatten(params)
+  names = diffusion_rules.stacked_names(flat, stack_from=stack_from)
+  leaf = lambda name: flat[name]
+  if merging:
+    leaf = lambda name: merging.leaf(component, name, flat)
+  placed = {}
+  total = sum(value.nbytes for value in flat.values())
+  with logs.progress_of_bytes(total, desc=f"loading {component}") as bar:
+    for name, layers in names.items():
+      value = np.stack([leaf(n) for n in layers]) if layers else leaf(name)
+      if place:
+        # Waiting here bounds what is under way.
+        value = jax.block_until_ready(place(f"{component}/{name}", value))
+      placed[name] = value
+      bar.update(sum(flat[n].nbytes for n in layers or (name,)))
+  return trees.unflatten(placed)
 
 
 def merge_loras(
@@ -167,13 +215,19 @@ def merge_loras(
     return params
   some = {name: params[name] for name in lora_keys.COMPONENTS if name in params}
   merged, reports = lora.merge(some, loras, allow_unmatched=allow_unmatched)
+  _say_merged(loras, reports)
+  return params | merged
+
+
+def _say_merged(
+  loras: Sequence[lora.Lora], reports: Sequence[lora.Report]
+) -> None:
   for one, report in zip(loras, reports, strict=True):
     scales = {part: f"{one.scale_of(part):g}" for part in report.matched}
     factor = " and ".join(sorted(set(scales.values()))) or "0"
     logs.say(f"LoRA {report}, scale {factor}")
     if report.unmatched:
       logs.say(f"LoRA {report.path}: left out {', '.join(report.unmatched)}")
-  return params | merged
 
 
 def digests(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import errors, types
+from dppp_jax import errors, trees, types
 from dppp_jax.models import resizing, u2net
 from dppp_jax.weights import u2net as u2net_weights
 
@@ -116,7 +116,7 @@ def load(
   config, variables = u2net_weights.load(spec)
   net = u2net.U2Net(config, dtype)
   network = lambda variables, images: net.apply(variables, images).fused
-  return Matting(network, jax.device_put(variables), **options)
+  return Matting(network, trees.to_float32(variables), **options)
 
 
 def normalize(cells: types.Array) -> jax.Array:

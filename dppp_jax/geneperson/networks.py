@@ -134,6 +134,8 @@ def load(
   config: Mapping[str, Any],
   places: Mapping[str, pathlib.Path],
   dtypes: Mapping[str, Any],
+  *,
+  place: components.Place | None = None,
 ) -> Networks:
   """Reads every network; the small one first.
 
@@ -141,6 +143,7 @@ def load(
     config: of configs/geneperson.py, as nested dicts.
     places: files and folders by their keys in it.
     dtypes: likewise.
+    place: of `components.load_components`.
 
   Raises:
     errors.UserError: a file that is damaged, or for another network.
@@ -163,6 +166,7 @@ def load(
       k_diffusion=config["sampler"]["k_diffusion"],
       stack_from=config["run"]["stack_from"],
       allow_unmatched=config["loras"]["allow_unmatched"],
+      place=place,
     ),
   )
   controls = _controls(places)

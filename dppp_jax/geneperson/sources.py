@@ -49,8 +49,8 @@ class Base(Protocol):
     """Returns all but the parameters and ControlNets of others."""
     ...
 
-  def params(self, *, stack_from: int) -> types.Params:
-    """Reads the parameters."""
+  def params(self) -> Iterator[tuple[str, types.Params]]:
+    """Opens the parameters of one network after the other."""
     ...
 
   def controlnets(self) -> list[pathlib.Path]:
@@ -130,13 +130,12 @@ class _Folder:
       sample_size=size if isinstance(size, int) else None,
     )
 
-  def params(self, *, stack_from: int) -> types.Params:
-    _, unet = diffusers_folder.unet(
-      self._root / "unet", variant=self._variant, stack_from=stack_from
-    )
-    _, vae = diffusers_folder.vae(self._root / "vae", variant=self._variant)
-    texts = {part: load.clip_text(self._text(part))[1] for part in self._texts}
-    return {"unet": unet, "vae": vae, **texts}
+  def params(self) -> Iterator[tuple[str, types.Params]]:
+    root, variant = self._root, self._variant
+    yield "unet", diffusers_folder.unet(root / "unet", variant=variant)[1]
+    yield "vae", diffusers_folder.vae(root / "vae", variant=variant)[1]
+    for part in self._texts:
+      yield part, load.clip_text(self._text(part))[1]
 
   def controlnets(self) -> list[pathlib.Path]:
     found, k = [], 0
@@ -214,11 +213,9 @@ class _File:
       sample_size=None if self._configs else 128 if self._is_xl else 64,
     )
 
-  def params(self, *, stack_from: int) -> types.Params:
-    found = single_file.load(
-      self._path, configs=self._configs, stack_from=stack_from
-    )
-    return found.params
+  def params(self) -> Iterator[tuple[str, types.Params]]:
+    found = single_file.load(self._path, configs=self._configs)
+    yield from found.params.items()
 
   def controlnets(self) -> list[pathlib.Path]:
     return []
@@ -284,17 +281,12 @@ def controlnet(
   config: unet_config.ControlNetConfig,
   *,
   variant: str | None,
-  stack_from: int,
 ) -> types.Params:
-  """Reads the parameters of a ControlNet."""
+  """Opens the parameters of a ControlNet."""
   is_folder = controlnet_file.is_folder(path)
-  _, params = controlnet_file.load(
-    path,
-    config=None if is_folder else config,
-    variant=variant,
-    stack_from=stack_from,
-  )
-  return params
+  return controlnet_file.load(
+    path, config=None if is_folder else config, variant=variant
+  )[1]
 
 
 def describe_controlnet(

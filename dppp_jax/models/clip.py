@@ -10,6 +10,7 @@ CLIP may be handed to any of the three modules:
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -419,6 +420,7 @@ def init_params(
   return jax.jit(module.init)(rng, *inputs)["params"]
 
 
+@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
 def param_shapes(config: Config | VisionConfig | TextConfig) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   module, inputs = _example(config)

@@ -186,6 +186,7 @@ def init_params(
   return jax.jit(net.init)(rng, *args, **conditions)["params"]
 
 
+@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
 def param_shapes(config: Config, *, stack_from: int = 0) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   net = ControlNet(config, stack_from=stack_from)

@@ -14,6 +14,7 @@ or, with everything that is the same at each step computed once,
     noise = net.apply(variables, latents, emb, text, method="denoise")
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -155,6 +156,7 @@ def init_params(
   return jax.jit(net.init)(rng, *args, **conditions)["params"]
 
 
+@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
 def param_shapes(config: Config, *, stack_from: int = 0) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   net = UNet(config, stack_from=stack_from)

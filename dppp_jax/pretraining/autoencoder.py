@@ -249,6 +249,7 @@ def reconstruct(
   config: vae.Config, params: types.Params, images: np.ndarray
 ) -> np.ndarray:
   """Encodes and decodes uint8 [N, H, W, 3] by the mean of the latents."""
+  params = trees.to_float32(params)  # Files hold less.
   return _batched(functools.partial(_reconstruct, config, params), images)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import logs
+from dppp_jax import logs, trees
 from dppp_jax.models import vae
 from dppp_jax.weights import diffusers_folder
 
@@ -96,6 +96,7 @@ def pictures(
 
 def _encode(images, folder, path, transform) -> None:
   config, params = diffusers_folder.vae(folder)
+  params = trees.to_float32(params)
   net = vae.VAE(config)
 
   @jax.jit

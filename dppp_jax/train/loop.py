@@ -160,6 +160,7 @@ def fit(
         if begin == 0 and (restored is None or number > start[0]):
           key = rngs.stream(root, f"init/{stage.name}")
           params, collections = stage.init(params, collections, key)
+          params = trees.to_float32(params)  # The masters; files hold less.
           opt = None
         run = _StageRun(stage, number, int(offsets[number]), plans[number])
         params, collections, opt, done = run.train(

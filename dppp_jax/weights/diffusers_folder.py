@@ -4,7 +4,8 @@
 
 The folder is that of the network (config.json and weights, whole or in shards,
 of any variant) or that of a pipeline, with `unet/`, `vae/` and `controlnet/` in
-it. Parameters are nested dicts of float32 NumPy arrays.
+it. Parameters are nested dicts of NumPy arrays in the precision of the file,
+views of the file itself (`trees.to_float32` makes them float32).
 """
 
 from collections.abc import Callable, Sequence

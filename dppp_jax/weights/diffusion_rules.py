@@ -1,6 +1,6 @@
 """The tables of diffusers' UNets, ControlNets and VAEs, and stacked layers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import re
 from typing import Any
 
@@ -117,16 +117,36 @@ def stack_layers(
     The nested tree with `transformer_blocks`, leaves [depth, ...] of NumPy.
   """
   flat = trees.flatten(params)
-  groups: dict[tuple[str, str], dict[int, str]] = {}
-  for name in flat:
+  return trees.unflatten(
+    {
+      name: np.stack([flat[n] for n in layers]) if layers else flat[name]
+      for name, layers in stacked_names(flat, stack_from=stack_from).items()
+    }
+  )
+
+
+def stacked_names(
+  names: Iterable[str], *, stack_from: int
+) -> dict[str, tuple[str, ...]]:
+  """Returns {leaf: the leaves that are stacked in it}, () for all others.
+
+  Args:
+    names: of the leaves with `transformer_blocks_0` and so on.
+    stack_from: as in `stack_layers`.
+  """
+  groups: dict[str, dict[int, str]] = {}
+  for name in names:
     if m := _LAYER.fullmatch(name):
-      groups.setdefault((m[1], m[3]), {})[int(m[2])] = name
-  for (prefix, rest), names in groups.items():
-    if not 0 < stack_from <= len(names):
-      continue
-    leaves = [flat.pop(names[i]) for i in range(len(names))]
-    flat[f"{prefix}/{rest}"] = np.stack(leaves)
-  return trees.unflatten(flat)
+      groups.setdefault(f"{m[1]}/{m[3]}", {})[int(m[2])] = name
+    else:
+      groups[name] = {}
+  found: dict[str, tuple[str, ...]] = {}
+  for stacked, layers in groups.items():
+    if not layers or 0 < stack_from <= len(layers):
+      found[stacked] = tuple(layers[i] for i in range(len(layers)))
+    else:
+      found |= dict.fromkeys(layers.values(), ())
+  return found
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

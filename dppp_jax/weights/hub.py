@@ -324,7 +324,9 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   8 bytes of length, a JSON header and the raw numbers, is read here.
   """
   size = path.stat().st_size
-  raw = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+  raw = np.zeros(0, np.uint8)
+  if size:  # An array like any other: what is made of it is in memory.
+    raw = np.asarray(np.memmap(path, np.uint8, "r"))
   base = 8 + int.from_bytes(bytes(raw[:8]), "little")
   damaged = lambda why: errors.UserError(
     f"{path} is truncated or no safetensors file ({why}): fetch it again"

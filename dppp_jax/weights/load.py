@@ -29,7 +29,8 @@ def clip(
       weights without open_clip_config.json).
 
   Returns:
-    The configuration and the parameters, float32 on the host.
+    The configuration and the parameters, views of the file in its precision
+    (`trees.to_float32` makes them float32).
 
   Raises:
     errors.UserError: nothing to load there, or it does not fit: every tensor

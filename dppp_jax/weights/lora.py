@@ -102,50 +102,171 @@ def merge(
       networks do not have; the report names them.
 
   Returns:
-    New trees, in which the leaves that no file changes are those given; and a
-    report for each file.
+    New trees, in which the leaves that no file changes are those given, and
+    the others float32 (or the dtype given, if that has more bits): they are
+    rounded once, by whoever makes them less. And a report for each file.
 
   Raises:
     errors.UserError: a file that is damaged, that is made for another base
       model, or of which modules would go unused. Nothing is merged then.
   """
-  for name in components:
-    if name not in lora_keys.COMPONENTS:
-      raise ValueError(f"{name} is none of {lora_keys.COMPONENTS}")
-  names = lora_keys.table(components)
-  files = [lora_keys.read(lora.path, names) for lora in loras]
-  given = {name: trees.flatten(tree) for name, tree in components.items()}
-  merged: dict[tuple[str, str], np.ndarray] = {}
-  reports = []
-  for lora, file in zip(loras, files, strict=True):
-    _check_matched(lora, file, allow_unmatched)
-    reports.append(_merge_file(lora, file, given, merged))
-    logging.info("LoRA %s", reports[-1])
-  for (component, name), leaf in merged.items():
-    given[component][name] = leaf.astype(given[component][name].dtype)
-  return {k: trees.unflatten(flat) for k, flat in given.items()}, reports
+  merging = Merge(components, loras, allow_unmatched=allow_unmatched)
+  merged = {}
+  for component, tree in components.items():
+    flat = trees.flatten(tree)
+    names = logs.progress(flat, desc=f"merging into {component}")
+    merged[component] = trees.unflatten(
+      {name: merging.leaf(component, name, flat) for name in names}
+    )
+  return merged, merging.reports()
 
 
-def check(
-  components: Mapping[str, types.Params],
-  loras: Sequence[Lora],
-  *,
-  allow_unmatched: bool = False,
-) -> None:
-  """Refuses what `merge` refuses by names alone, before weights are read.
+class Merge:
+  """Files that are open, and merged into one leaf after the other.
 
-  Args:
-    components: trees of the shapes of all components of the pipeline, as
-      `param_shapes` of the networks gives them.
-    loras: the files.
-    allow_unmatched: as in `merge`.
-
-  Raises:
-    errors.UserError: as `merge`; factors of other sizes show only there.
+  A network of which each leaf goes to the device at once needs no float32
+  copy of itself.
   """
-  names = lora_keys.table(components)
-  for lora in loras:
-    _check_matched(lora, lora_keys.read(lora.path, names), allow_unmatched)
+
+  def __init__(
+    self,
+    components: Mapping[str, types.Params],
+    loras: Sequence[Lora],
+    *,
+    allow_unmatched: bool = False,
+  ):
+    """Opens the files, and refuses what their names alone show to be wrong.
+
+    Args:
+      components: trees of shapes or of weights, as in `merge`.
+      loras: the files.
+      allow_unmatched: as in `merge`.
+
+    Raises:
+      errors.UserError: as `merge`; factors of other sizes show only there.
+    """
+    for name in components:
+      if name not in lora_keys.COMPONENTS:
+        raise ValueError(f"{name} is none of {lora_keys.COMPONENTS}")
+    names = lora_keys.table(components)
+    self._states = []
+    self._modules: dict[tuple[str, str], list[Any]] = {}
+    for lora in loras:
+      state = _State(lora, lora_keys.read(lora.path, names))
+      _check_matched(lora, state.file, allow_unmatched)
+      self._states.append(state)
+      for target in state.file.modules:
+        if lora.scale_of(target.component) == 0:
+          state.skipped += 1
+          continue
+        key = (target.component, target.path)
+        self._modules.setdefault(key, []).append((state, target))
+
+  def leaf(
+    self, component: str, name: str, flat: Mapping[str, np.ndarray]
+  ) -> np.ndarray:
+    """Returns a leaf with all deltas, the leaf itself where there are none.
+
+    Args:
+      component: of which tree.
+      name: of the leaf.
+      flat: the tree as it was before any delta.
+    """
+    path, _, kind = name.rpartition("/")
+    leaf = flat[name]
+    merged = None
+    for state, target in self._modules.get((component, path), ()):
+      parts = state.file.modules[target]
+      if kind == "bias" and not {"diff_b", "up_bias"} & parts.keys():
+        continue
+      main = next(n for k in _LEAVES if (n := f"{path}/{k}") in flat)
+      weight = _torch_view(np.asarray(flat[main]), main, target.index)
+      where = f"{state.file.path}: {component}/{path}"
+      found, delta, bias = _delta(parts, weight, where)
+      if name == main:
+        state.count(component, found)
+        if bias is not None and f"{path}/bias" not in flat:
+          state.misfits.append(f"{path} wants None and gets {bias.shape}")
+      value = bias if kind == "bias" else delta
+      if value is None:
+        continue
+      state.is_empty = state.is_empty and not np.any(value)
+      shape = _torch_view(leaf, name, target.index).shape
+      if not _fits(value.shape, shape):
+        state.misfits.append(f"{path} wants {shape} and gets {value.shape}")
+        continue
+      if merged is None:  # In the order of the file, and so of the deltas.
+        merged = np.array(leaf, np.float32, order="K")
+      view = _torch_view(merged, name, target.index)
+      view += np.float32(state.lora.scale_of(component)) * value.reshape(shape)
+    if merged is None:
+      return leaf
+    return merged.astype(leaf.dtype) if leaf.dtype.itemsize > 4 else merged
+
+  def reports(self) -> list[Report]:
+    """Returns a report for each file, when all leaves were asked for.
+
+    Raises:
+      errors.UserError: a file whose factors have other sizes.
+    """
+    for state in self._states:
+      state.check()
+      logging.info("LoRA %s", state.report())
+    return [state.report() for state in self._states]
+
+
+@dataclasses.dataclass
+class _State:
+  """A file in the making.
+
+  Attributes:
+    lora: its scales.
+    file: its tensors.
+    matched: as in `Report`.
+    kinds: as in `Report`.
+    misfits: modules of other shapes.
+    skipped: as in `Report`.
+    is_empty: whether all deltas so far are 0.
+  """
+
+  lora: Lora
+  file: lora_keys.File
+  matched: dict[str, int] = dataclasses.field(default_factory=dict)
+  kinds: dict[str, int] = dataclasses.field(default_factory=dict)
+  misfits: list[str] = dataclasses.field(default_factory=list)
+  skipped: int = 0
+  is_empty: bool = True
+
+  def count(self, component: str, kind: str) -> None:
+    """Counts a merged module."""
+    self.matched[component] = self.matched.get(component, 0) + 1
+    self.kinds[kind] = self.kinds.get(kind, 0) + 1
+
+  def check(self) -> None:
+    """Refuses modules of other shapes, and a file that changes nothing."""
+    if self.misfits:
+      raise errors.UserError(
+        f"{self.file.path} is made for another base model:"
+        f" {len(self.misfits)} of {len(self.file.modules)} modules have other"
+        f" shapes, first {self.misfits[0]}{_base(self.file)}"
+      )
+    if self.matched and self.is_empty:
+      raise errors.UserError(
+        f"{self.file.path} changes nothing: all that it would add is 0; it was"
+        " never trained, or is damaged: use another one, or leave it out"
+      )
+
+  def report(self) -> Report:
+    """Returns what became of it."""
+    # Components in the order of the file, not in that of the leaves.
+    order = dict.fromkeys(target.component for target in self.file.modules)
+    return Report(
+      self.file.path,
+      {name: self.matched[name] for name in order if name in self.matched},
+      self.kinds,
+      tuple(self.file.unmatched),
+      self.skipped,
+    )
 
 
 def _check_matched(lora: Lora, file: lora_keys.File, allow: bool) -> None:
@@ -183,60 +304,6 @@ def _base(file: lora_keys.File) -> str:
   return f" (it says it is for {base})" if base else ""
 
 
-def _merge_file(
-  lora: Lora,
-  file: lora_keys.File,
-  given: Mapping[str, Mapping[str, np.ndarray]],
-  merged: dict[tuple[str, str], np.ndarray],
-) -> Report:
-  """Adds one file's deltas to `merged`, which begins as copies of `given`."""
-  matched: dict[str, int] = {}
-  kinds: dict[str, int] = {}
-  misfits = []
-  skipped, is_empty = 0, True
-  desc = f"merging {file.path.name}"
-  for target, parts in logs.progress(file.modules.items(), desc=desc):
-    scale = lora.scale_of(target.component)
-    if scale == 0:
-      skipped += 1
-      continue
-    flat = given[target.component]
-    where = f"{file.path}: {target.component}/{target.path}"
-    leaf = next(n for k in _LEAVES if (n := f"{target.path}/{k}") in flat)
-    weight = _torch_view(np.asarray(flat[leaf]), leaf, target.index)
-    kind, delta, bias = _delta(parts, weight, where)
-    for name, value in ((leaf, delta), (f"{target.path}/bias", bias)):
-      if value is None:
-        continue
-      is_empty = is_empty and not np.any(value)
-      shape = None
-      if name in flat:
-        whole = merged.get((target.component, name), flat[name])
-        shape = _torch_view(whole, name, target.index).shape
-      if shape is None or not _fits(value.shape, shape):
-        misfits.append(f"{target.path} wants {shape} and gets {value.shape}")
-        continue
-      if (target.component, name) not in merged:
-        whole = np.array(flat[name], np.float32)
-        merged[target.component, name] = whole
-      view = _torch_view(whole, name, target.index)
-      view += np.float32(scale) * value.reshape(shape)
-    matched[target.component] = matched.get(target.component, 0) + 1
-    kinds[kind] = kinds.get(kind, 0) + 1
-  if misfits:
-    raise errors.UserError(
-      f"{file.path} is made for another base model: {len(misfits)} of"
-      f" {len(file.modules)} modules have other shapes, first"
-      f" {misfits[0]}{_base(file)}"
-    )
-  if matched and is_empty:
-    raise errors.UserError(
-      f"{file.path} changes nothing: all that it would add is 0; it was never"
-      " trained, or is damaged: use another one, or leave it out"
-    )
-  return Report(file.path, matched, kinds, tuple(file.unmatched), skipped)
-
-
 def _torch_view(leaf: np.ndarray, name: str, index: int | None) -> np.ndarray:
   """Returns a view of a leaf, or of one of its layers, in torch's layout."""
   if index is not None:
@@ -266,13 +333,13 @@ def _delta(
 
   Args:
     parts: of `lora_keys.File`.
-    weight: W in torch's layout.
+    weight: W in torch's layout and in any precision.
     where: file and module, for the errors.
 
   Raises:
     errors.UserError: parts are missing or left over, or do not go together.
   """
-  left = dict(parts)
+  left = {name: np.asarray(part, np.float32) for name, part in parts.items()}
   bias = left.pop("diff_b", None)
   kind, delta = "bias", None
   try:
@@ -387,7 +454,7 @@ def _ia3(left: dict[str, Any], weight: np.ndarray) -> Any:
     return np.float32(1), factor  # Reported as a misfit.
   shape = [1] * weight.ndim
   shape[axis] = -1
-  return np.float32(1), weight * factor.reshape(shape)
+  return np.float32(1), np.asarray(weight, np.float32) * factor.reshape(shape)
 
 
 def _tucker(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -406,7 +473,8 @@ def _decompose(
   The norm is over the inputs of each output (the paper, peft), or over the
   outputs of each input (LyCORIS' first versions, dora_scale [1, in]).
   """
-  whole = np.asarray(weight, np.float32) + delta
+  weight = np.asarray(weight, np.float32)
+  whole = weight + delta
   is_row = magnitude.ndim > 1 and magnitude.shape[0] == 1 != weight.shape[0]
   axis = 1 if is_row and not is_per_output else 0
   shape = [1] * weight.ndim

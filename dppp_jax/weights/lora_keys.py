@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dppp_jax import errors, files, trees, types
-from dppp_jax.weights import diffusion_rules, hub, original, peft_config
+from dppp_jax.weights import (
+  convert,
+  diffusion_rules,
+  hub,
+  original,
+  peft_config,
+)
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -120,7 +126,7 @@ class File(NamedTuple):
 
   Attributes:
     path: of the file.
-    modules: {module: {part: float32 array}}.
+    modules: {module: {part: array}}, in the precision of the file.
     unmatched: names of modules, or of strange tensors, that the networks do
       not have, or of which nothing can be merged.
     metadata: of the header.
@@ -319,7 +325,7 @@ def _place(stem: str) -> tuple[str, str]:
 
 
 def _numbers(tensor: np.ndarray, role: str, where: str) -> np.ndarray:
-  """Returns float32; refuses what is no number, and what is quantised."""
+  """Returns a tensor; refuses what is no number, and what is quantised."""
   # bfloat16 and float8 are foreign to NumPy: they have the kind "V".
   is_float = tensor.dtype.kind in "fV"
   if not is_float and role not in ("alpha", "on_input"):
@@ -327,13 +333,12 @@ def _numbers(tensor: np.ndarray, role: str, where: str) -> np.ndarray:
       f"{where} holds {tensor.dtype.name}, not floats: use the file that was"
       " not quantised"
     )
-  value = np.asarray(tensor, np.float32)
-  if not np.isfinite(value).all():
+  if is_float and not convert.is_finite(tensor):
     raise errors.UserError(
       f"{where} holds NaN or infinity: the file is damaged or its training"
       " diverged; use another one"
     )
-  return value
+  return tensor
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:

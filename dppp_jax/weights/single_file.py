@@ -127,7 +127,7 @@ class Checkpoint:
 
   Attributes:
     configs: of the networks.
-    params: float32 trees by the names of `Configs`' fields.
+    params: trees by the names of `Configs`' fields, in the file's precision.
     prediction_type: `epsilon`, or `v_prediction` where the file is marked so.
     zero_snr: the file is marked as trained with zero terminal SNR.
   """

@@ -49,7 +49,8 @@ def load(
       file, a folder with one, or a hub id.
 
   Returns:
-    The widths, and {"params": ..., "batch_stats": ...} in float32.
+    The widths, and {"params": ..., "batch_stats": ...} in the precision of the
+    file.
 
   Raises:
     errors.UserError: it is no U2-Net, or damaged.
