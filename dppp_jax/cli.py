@@ -3,7 +3,7 @@
 A launcher is
 
     def define_flags():
-      flags.DEFINE_string("data_dir", "data", "Folder of the dataset.")
+      cli.path("data_dir", "data", "Folder of the dataset.")
     def main(args):
       train(args.config, args.data_dir)
     cli.run(main, config="dppp.py:mini", define_flags=define_flags)
@@ -12,10 +12,12 @@ Exit codes: 0 done, 2 the user can mend it (one line says how), 130 Ctrl-C.
 Any other exception is a bug and keeps its traceback.
 """
 
-from collections.abc import Callable, Sequence
+import ast
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import importlib.util
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -24,7 +26,7 @@ from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from dppp_jax import errors, process
+from dppp_jax import errors, paths, process
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REQUIRED = ""  # As `config` of `run`: there is no default.
@@ -79,6 +81,57 @@ def _main(main: Callable[[flags.FlagValues], int | None]) -> int | None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   return main(flags.FLAGS)
+
+
+class _Path(flags.ArgumentParser):
+  """Parses paths: "~" is the home folder, nothing is no path."""
+
+  def parse(self, argument: str) -> str:
+    if not argument:
+      raise ValueError("is empty: give a path")
+    return str(paths.expand(argument))
+
+  def flag_type(self) -> str:
+    return "path"
+
+
+def path(
+  name: str, default: str | None, text: str, *, required: bool = False
+) -> None:
+  """Defines a flag that is a path; every path flag is defined by this.
+
+  Args:
+    name: of the flag.
+    default: its value if unset.
+    text: for --help.
+    required: whether it must be given.
+  """
+  serializer = flags.ArgumentSerializer()
+  flags.DEFINE(
+    _Path(), name, default, text, serializer=serializer, required=required
+  )
+
+
+def refuse_idle(args: flags.FlagValues, idle: Mapping[str, str]) -> None:
+  """Refuses what was given on the command line and would do nothing.
+
+  Args:
+    args: of `main`.
+    idle: flag, "config.key" or "config.group" -> why it does nothing here.
+
+  Raises:
+    errors.UserError: names the first such flag, and why.
+  """
+  given = [name for name in args if args[name].present]
+  if "config" in args:
+    given += [f"config.{key}" for key in args["config"].override_values]
+  for name in given:
+    groups = [name[:at] for at in range(len(name) + 1) if name[at:][:1] == "."]
+    for key in (name, *groups):
+      if key in idle:
+        raise errors.UserError(
+          f"--{name} does nothing here: {idle[key]}; leave it out"
+        )
 
 
 def write_page(path: pathlib.Path, text: str, *, check: bool, by: str) -> None:
@@ -145,12 +198,16 @@ def _parse(
     define_flags()
   try:
     argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    tuples = {}
     if config is not None:
       argv, spec = _take_config(argv, config)
-      defaults = _define_config(spec, argv)
+      argv, tuples = _define_config(spec, argv)
     words = flags.FLAGS(argv)
     if config is not None:
-      _check_tuples(flags.FLAGS["config"], defaults)
+      parsed = flags.FLAGS["config"]
+      with parsed.value.unlocked():
+        parsed.value.update_from_flattened_dict(tuples)
+      parsed.override_values.update(tuples)
   except flags.Error as error:
     raise errors.UserError(" ".join(str(error).split())) from error
   if words[1:]:
@@ -177,8 +234,15 @@ def _take_config(argv: list[str], default: str) -> tuple[list[str], str]:
   return rest, spec
 
 
-def _define_config(spec: str, argv: list[str]) -> dict[str, Any]:
-  """Defines --config and its overrides in argv; returns the defaults."""
+def _define_config(
+  spec: str, argv: list[str]
+) -> tuple[list[str], dict[str, Any]]:
+  """Defines --config and its overrides in argv.
+
+  Returns:
+    argv without what is set already: tuples, and None for what may be None,
+    neither of which ml_collections reads as people write it; and these values.
+  """
   if not spec and _HELP.isdisjoint(argv):
     raise errors.UserError(
       "flag --config must be given: --config configs/x.py[:preset]"
@@ -190,6 +254,8 @@ def _define_config(spec: str, argv: list[str]) -> dict[str, Any]:
     key = flag.removeprefix("no").removeprefix("config.")
     if flag.startswith(("config.", "noconfig.")) and key not in keys:
       raise errors.UserError(_unknown(key, keys, spec))
+  argv, texts = _take_texts(argv, keys)
+  values = {key: _value(key, some, keys[key]) for key, some in texts.items()}
   config_flags.DEFINE_config_dict(
     "config",
     config,
@@ -198,19 +264,108 @@ def _define_config(spec: str, argv: list[str]) -> dict[str, Any]:
     sys_argv=argv,
   )
   flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS["config"])
-  return keys
+  return argv, values
 
 
-def _check_tuples(flag: flags.Flag, defaults: dict[str, Any]) -> None:
-  """Refuses ("a", "b") for a tuple of numbers, which absl lets through."""
-  for key, value in flag.override_values.items():
-    default = defaults[key]
-    if isinstance(default, tuple) and default:
-      kind = (int, float) if isinstance(default[0], float) else type(default[0])
-      if not all(isinstance(v, kind) for v in value):
-        raise errors.UserError(
-          f"--config.{key}={value}: write it like its default {default}"
-        )
+def _take_texts(
+  argv: list[str], keys: Mapping[str, Any]
+) -> tuple[list[str], dict[str, list[str]]]:
+  """Cuts overrides of tuples, and to None, out of argv; key -> its texts."""
+  rest, texts = argv[:1], {}
+  words = iter(argv[1:])
+  for word in words:
+    flag, equals, text = word.partition("=")
+    key = flag.lstrip("-").removeprefix("config.")
+    is_override = flag.lstrip("-").startswith("config.") and key in keys
+    is_tuple = is_override and _type(keys[key]) is tuple
+    if is_tuple and not equals:
+      text = next(words, "")
+    if is_tuple or (is_override and _is_none(text, keys[key])):
+      texts.setdefault(key, []).append(text)
+    else:
+      texts.pop(key if is_override else None, None)  # The last one counts.
+      rest.append(word)
+  return rest, texts
+
+
+def _type(default: Any) -> type:
+  if isinstance(default, ml_collections.FieldReference):
+    return default.get_type()
+  return type(default)
+
+
+def _is_none(text: str, default: Any) -> bool:
+  """Whether a text sets an optional value to None."""
+  optional = isinstance(default, ml_collections.FieldReference)
+  return optional and text.strip().lower() == "none"
+
+
+_QUOTED = r"'[^']*'|\"[^\"]*\""
+_ITEM = rf"\s*(?:{_QUOTED}|[^,'\"()\[\]{{}}]+)\s*"
+_TUPLE = re.compile(rf"({_ITEM}(?:,{_ITEM})*),?\s*")
+
+
+def _value(key: str, texts: Sequence[str], default: Any) -> Any:
+  """Returns a tuple as people write one, or None.
+
+  Numbers and words are split at commas, with or without brackets around them
+  and quotes around words; a flag given twice is both, one after the other.
+  """
+  if _is_none(texts[-1], default):
+    return None
+  if isinstance(default, ml_collections.FieldReference):
+    default = default.get()
+  if default and isinstance(default[0], (Mapping, tuple, list)):
+    return _literal(key, texts, default)
+  items = []
+  for text in texts:
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in ("()", "[]"):
+      inner = inner[1:-1].strip()
+    if inner and not _TUPLE.fullmatch(inner):
+      raise _unlike(key, text, default)
+    items += [item.strip() for item in re.findall(_ITEM, inner)]
+  kinds = [int, float, str]
+  if default:
+    kinds = [type(default[0])]
+  for kind in kinds:
+    try:
+      return tuple(_element(item, kind) for item in items)
+    except ValueError:
+      continue
+  raise _unlike(key, ",".join(texts), default)
+
+
+def _element(item: str, kind: type) -> Any:
+  """Returns one item of a tuple; raises ValueError if it is another kind."""
+  if kind is not str:
+    return kind(item)
+  if re.fullmatch(_QUOTED, item):
+    return item[1:-1]
+  # Two words, perhaps, or none: quotes say that it is one.
+  if re.search(r"\s", item) or item.lower() == "none":
+    raise ValueError(item)
+  return item
+
+
+def _literal(key: str, texts: Sequence[str], default: tuple) -> tuple:
+  """Returns a tuple of tuples or of dicts, written as in Python."""
+  try:
+    value = ast.literal_eval(texts[-1])
+  except (ValueError, SyntaxError) as error:
+    raise _unlike(key, texts[-1], default) from error
+  kind = Mapping if isinstance(default[0], Mapping) else (tuple, list)
+  is_like = isinstance(value, (tuple, list))
+  if not is_like or not all(isinstance(one, kind) for one in value):
+    raise _unlike(key, texts[-1], default)
+  return tuple(value)
+
+
+def _unlike(key: str, text: str, default: Any) -> errors.UserError:
+  remedy = "write numbers, or words, with commas between"
+  if default:
+    remedy = f"write it like its default {default}"
+  return errors.UserError(f"--config.{key}={text}: {remedy}")
 
 
 def _leaves(config: ml_collections.ConfigDict) -> dict[str, Any]:

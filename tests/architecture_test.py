@@ -14,6 +14,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _FLOORS = {
   "errors": 0,
   "files": 1,
+  "paths": 1,
+  "ranges": 1,
   "types": 1,
   "trees": 1,
   "rngs": 1,

@@ -1,0 +1,126 @@
+"""Which numbers have a meaning: one table beside each set of options.
+
+    RANGES = {"margin": ranges.NON_NEGATIVE, "label_smoothing": ranges.SHARE}
+    ranges.check(options, RANGES, where="config dppp.")
+
+A number is always finite. Whole numbers fit into 32 bits, as the device holds
+them. Nothing below zero stands for "all" or "none" unless a range says so.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+from dppp_jax import errors
+
+_LARGEST = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """Numbers that an option may have.
+
+  Attributes:
+    text: what to give, for the message.
+    low: the least.
+    high: the greatest.
+    open_low: `low` itself is left out.
+    open_high: `high` itself is left out.
+    whole: of integers.
+    length: of a tuple of such numbers; None for one number, 0 for any length.
+  """
+
+  text: str
+  low: float = -math.inf
+  high: float = math.inf
+  open_low: bool = False
+  open_high: bool = False
+  whole: bool = False
+  length: int | None = None
+
+  def holds(self, value: Any) -> bool:
+    """Whether a value is one of these numbers."""
+    if self.length is not None:
+      one = dataclasses.replace(self, length=None)
+      return (
+        isinstance(value, (tuple, list))
+        and len(value) in (self.length or len(value),)
+        and all(map(one.holds, value))
+      )
+    kind = numbers.Integral if self.whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+      return False
+    above = value > self.low if self.open_low else value >= self.low
+    below = value < self.high if self.open_high else value <= self.high
+    return math.isfinite(value) and above and below
+
+
+ANY = Range("a finite number")
+POSITIVE = Range("a number above 0", low=0, open_low=True)
+NON_NEGATIVE = Range("a number of at least 0", low=0)
+UNIT = Range("a number from 0 to 1", low=0, high=1)
+SHARE = Range("a number from 0, below 1", low=0, high=1, open_high=True)
+FACTOR = Range("a number above 0, at most 1", low=0, high=1, open_low=True)
+COUNT = Range("a whole number of at least 1", low=1, high=_LARGEST, whole=True)
+WHOLE = Range("a whole number of at least 0", low=0, high=_LARGEST, whole=True)
+COUNTS = dataclasses.replace(
+  COUNT, text="whole numbers of at least 1", length=0
+)
+PAIR = dataclasses.replace(
+  COUNT, text="height and width, such as 256,128", high=2**14, length=2
+)
+BOUNDS = dataclasses.replace(
+  NON_NEGATIVE, text="a lower and an upper bound from 0 on", length=2
+)
+COLOUR = dataclasses.replace(ANY, text="three finite numbers", length=3)
+SPREAD = dataclasses.replace(POSITIVE, text="three numbers above 0", length=3)
+
+
+def check(values: Any, table: Mapping[str, Range], *, where: str = "") -> None:
+  """Refuses numbers without meaning, before anything is compiled.
+
+  Args:
+    values: a dataclass, or nested mappings and sequences of mappings.
+    table: the end of a key ("lr", or "vision.image_size" where "image_size"
+      alone is something else) -> the numbers it may have, or those that all
+      below it may have. Other numbers must be finite. None is always taken.
+    where: what stands before the key in the message, with its dot.
+
+  Raises:
+    errors.UserError: names the key, the value and the remedy.
+  """
+  if dataclasses.is_dataclass(values):
+    values = {
+      field.name: getattr(values, field.name)
+      for field in dataclasses.fields(values)
+    }
+  for key, value in values.items():
+    _check_key(f"{where}{key}", value, table)
+
+
+def _check_key(name: str, value: Any, table: Mapping[str, Range]) -> None:
+  parts = name.split(".")
+  ends = (".".join(parts[start:]) for start in range(len(parts)))
+  allowed = next((table[end] for end in ends if end in table), None)
+  if isinstance(value, Mapping):
+    inside = {key: allowed for key in value} if allowed else {}
+    check(value, {**table, **inside}, where=f"{name}.")
+    return
+  items = value if isinstance(value, (tuple, list)) else (value,)
+  if any(isinstance(item, Mapping) for item in items):
+    for number, item in enumerate(items):
+      _check_key(f"{name}[{number}]", item, table)
+  elif allowed and value is not None:
+    one(name, value, allowed)
+  else:
+    for item in items:
+      if isinstance(item, float):
+        one(name, item, ANY)
+
+
+def one(name: str, value: Any, allowed: Range) -> None:
+  """Refuses one number; see `check`."""
+  if not allowed.holds(value):
+    raise errors.UserError(f"{name}={value}: give {allowed.text}")
