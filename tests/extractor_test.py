@@ -141,7 +141,7 @@ def test_files_and_arrays_of_all_kinds(clip_folder, tmp_path):
   run = load(clip_folder)
   rgb = pictures(1, 50, 20)[0]
   grey = rgb[:, :, 0]
-  rgba = np.dstack([rgb, grey])
+  rgba = np.dstack([rgb, np.full_like(grey, 255)])
   PIL.Image.fromarray(rgb).save(tmp_path / "rgb.png")
   PIL.Image.fromarray(grey).save(tmp_path / "grey.bmp")
   PIL.Image.fromarray(rgba).save(tmp_path / "rgba.png")

@@ -49,10 +49,21 @@ def test_decode_grey_becomes_three_equal_channels():
   np.testing.assert_array_equal(decoded, np.repeat(grey[..., None], 3, -1))
 
 
-def test_decode_drops_alpha(picture):
-  alpha = np.full((40, 20, 1), 3, np.uint8)
-  rgba = _encoded(np.concatenate([picture, alpha], -1))
-  np.testing.assert_array_equal(images.decode(rgba, name="x"), picture)
+def test_alpha_is_laid_on_white(picture):
+  alpha = np.zeros((40, 20, 1), np.uint8)
+  alpha[:, 7:] = 255
+  shown = np.where(alpha, picture, 255).astype(np.uint8)
+  rgba = np.concatenate([picture, alpha], -1)
+  for given in (
+    images.decode(_encoded(rgba), name="x"),
+    images.of_array(rgba, name="x"),
+    images.of_pillow(PIL.Image.fromarray(rgba), name="x"),
+  ):
+    np.testing.assert_array_equal(given, shown)
+  grey = PIL.Image.fromarray(np.full((2, 2), 9, np.uint8))
+  buffer = io.BytesIO()
+  grey.save(buffer, "PNG", transparency=9)
+  assert images.decode(buffer.getvalue(), name="x").min() == 255
 
 
 @pytest.mark.parametrize("kept", [0, 1, 10, 200, -1, -40])

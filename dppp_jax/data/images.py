@@ -2,17 +2,36 @@
 
 from collections.abc import Sequence
 import io
+import os
+import pathlib
+from typing import Any
 import warnings
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
-from dppp_jax import errors
+from dppp_jax import errors, paths, ranges
 
 _FILTERS = {
   "bicubic": PIL.Image.Resampling.BICUBIC,
   "bilinear": PIL.Image.Resampling.BILINEAR,
 }
+_TOO_LARGE = (
+  PIL.Image.DecompressionBombWarning,
+  PIL.Image.DecompressionBombError,
+)
+# What is found in folders of pictures and is none, by its first bytes.
+_KINDS = (
+  (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull"),
+  (b"<!doctype html", "an HTML page: download the picture again"),
+  (b"<html", "an HTML page: download the picture again"),
+  (b"%pdf", "PDF: convert it to PNG"),
+  (b"\x93numpy", "a NumPy array: give numpy.load of it"),
+  (b"pk\x03\x04", "a zip archive: unpack it"),
+)
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_PRINTABLE = frozenset((*range(32, 127), *b"\t\r\n"))
 
 
 class CorruptImageError(errors.UserError):
@@ -20,7 +39,7 @@ class CorruptImageError(errors.UserError):
 
 
 def decode(data: bytes, *, name: str) -> np.ndarray:
-  """Decodes a JPEG, PNG or whatever Pillow knows.
+  """Decodes a JPEG, PNG or whatever Pillow knows; the only decoder here.
 
   Pillow rather than OpenCV, which fills what a truncated file lacks with grey
   and returns it as if it were a picture.
@@ -30,25 +49,173 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
     name: where it comes from, for the message.
 
   Returns:
-    uint8 [H, W, 3] RGB. Grey and palette pictures become RGB, alpha is dropped,
-    an EXIF rotation is not applied (nor is it by torchvision).
+    uint8 [H, W, 3] RGB: what a viewer shows on a white page. See `of_pillow`.
 
   Raises:
-    CorruptImageError: not a picture, or a truncated one.
+    CorruptImageError: not a picture, a truncated one, several in one file, one
+      of too many pixels, or one whose values have no agreed range.
   """
   try:
     with warnings.catch_warnings():
-      # E.g. a palette with transparency, or a picture of 90 million pixels.
+      # Pillow warns of, e.g., a palette with transparency, which is handled.
       warnings.simplefilter("ignore")
+      # A picture of 90 million pixels would fill the memory of every thread.
+      warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
       with PIL.Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
+        return of_pillow(image, name=name)
+  except CorruptImageError:
+    raise
+  except _TOO_LARGE as error:
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    raise CorruptImageError(
+      f"{name}: has more than {limit:,} pixels: scale it down"
+    ) from error
   except Exception as error:  # Pillow raises a dozen types on hostile bytes.
     # Pillow names the BytesIO object; the reader wants the file.
     reason = str(error).split("<_io")[0].strip() or type(error).__name__
+    reason = _kind(data) or " ".join(reason.split())
     raise CorruptImageError(
       f"{name}: cannot be decoded as an image ({len(data)} bytes; {reason}):"
       " replace or remove it"
     ) from error
+
+
+def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
+  """Returns what a picture of Pillow shows, whatever its mode.
+
+  Palettes, grey, CMYK, HSV and YCbCr become RGB. Alpha is laid on white. The
+  EXIF orientation is applied. Grey of 16 bits is divided by 257.
+
+  Args:
+    image: of any mode.
+    name: of the picture, for the message.
+
+  Returns:
+    uint8 [H, W, 3] RGB.
+
+  Raises:
+    CorruptImageError: an animation or several pages, an empty picture, 32-bit
+      or Lab values, or (of Pillow's own types) a damaged one.
+  """
+  refuse = lambda text: CorruptImageError(f"{name}: {text}")
+  # A phone's MPO begins with the photograph; its other pictures are extras.
+  if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+    raise refuse(f"holds {frames} pictures ({image.format}): save one of them")
+  if 0 in image.size:
+    width, height = image.size
+    raise refuse(f"is {width} x {height} pixels: remove it")
+  image = PIL.ImageOps.exif_transpose(image)
+  if image.mode.startswith("I;16"):
+    values = np.asarray(image).astype(np.uint16)
+    # 8 or 12 bits in a file of 16: scaled, next to nothing would be left.
+    if 0 < values.max() < 4096:
+      raise refuse(
+        f"16-bit values of at most {values.max()}: save the picture with 8 bits"
+      )
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+  if image.mode in ("I", "F", "LAB"):
+    kind = {"I": "32-bit integers", "F": "floats", "LAB": "Lab colours"}
+    raise refuse(
+      f"holds {kind[image.mode]}, whose range is not agreed: save it as 8-bit"
+      " RGB"
+    )
+  if image.has_transparency_data:
+    if image.mode == "La":  # Which only LA is made of.
+      image = image.convert("LA")
+    image = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    image = PIL.Image.alpha_composite(white, image)
+  return np.array(image.convert("RGB"))
+
+
+def of_array(array: Any, *, name: str) -> np.ndarray:
+  """Returns a picture that is held as numbers.
+
+  Args:
+    array: of NumPy, JAX or torch, or nested lists: uint8 [H, W], [H, W, 1],
+      [H, W, 3] or [H, W, 4], alpha laid on white.
+    name: of the picture, for the message.
+
+  Returns:
+    uint8 [H, W, 3] RGB.
+
+  Raises:
+    errors.UserError: another type or shape; it says how to convert it.
+  """
+  refuse = lambda text: errors.UserError(f"{name} {text}")
+  want = "give uint8 [H, W, 3], 0 to 255, or a path"
+  try:
+    image = np.asarray(array)
+  except Exception as error:  # A tensor on a GPU, a deleted array, ...
+    reason = " ".join(str(error).split())
+    raise refuse(f"is no array ({reason}): {want}") from error
+  is_number = image.dtype.kind in "fiu"
+  if image.ndim not in (2, 3) or not image.size or not is_number:
+    kind = f"{image.dtype} {image.shape}"
+    raise refuse(f"is {kind if image.ndim else type(array).__name__}: {want}")
+  last = image.shape[2] if image.ndim == 3 else 1
+  if last not in (1, 3, 4):
+    if image.shape[0] not in (1, 3, 4) or min(image.shape[1:]) < 5:
+      raise refuse(f"has {last} channels: give grey, RGB or RGBA")
+    raise refuse(
+      f"is {image.shape}, channels first: give uint8 [H, W, 3], such as"
+      " numpy.moveaxis(image, 0, -1)"
+    )
+  if image.dtype != np.uint8:
+    remedy = "image.astype(numpy.uint8)"
+    if image.dtype == np.uint16:
+      remedy = "(image // 257).astype(numpy.uint8)"
+    elif image.min() < 0 or np.isnan(image.max()):
+      remedy = "the picture as it was before it was normalised"
+    elif image.dtype.kind == "f" and image.max() <= 1:
+      remedy = "(255 * image).round().astype(numpy.uint8)"
+    raise refuse(f"is {image.dtype} {image.shape}: {want}, such as {remedy}")
+  if image.ndim == 2 or image.shape[2] == 1:
+    return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+  if image.shape[2] == 4:
+    return of_pillow(
+      PIL.Image.fromarray(np.ascontiguousarray(image)), name=name
+    )
+  return np.ascontiguousarray(image)
+
+
+def read_file(path: str | os.PathLike) -> np.ndarray:
+  """Returns the picture of a file, uint8 [H, W, 3]; "~" is the home folder.
+
+  Raises:
+    CorruptImageError: it cannot be read or decoded; the message names it.
+  """
+  path = paths.expand(path)
+  return decode(read_bytes(path), name=str(path))
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  """Returns a file's bytes; raises `CorruptImageError` where there are none."""
+  try:
+    return path.read_bytes()
+  except (OSError, ValueError) as error:  # ValueError: a zero in the name.
+    reason = getattr(error, "strerror", None) or error
+    raise CorruptImageError(
+      f"{path}: cannot be read ({reason}): restore the file"
+    ) from error
+
+
+def _kind(data: bytes) -> str:
+  """Returns what bytes are that are no picture, with the remedy, or ""."""
+  head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+  if not data:
+    return "an empty file"
+  if data[4:8] == b"ftyp" and data[8:12] in _HEIC:
+    return "HEIC: convert it to JPEG"
+  for begin, kind in _KINDS:
+    if head.startswith(begin):
+      return kind
+  if b"<svg" in head:
+    return "SVG, a drawing without pixels: convert it to PNG"
+  if all(byte in _PRINTABLE for byte in data[:512]):
+    return "text"
+  return ""
 
 
 def encode_jpeg(image: np.ndarray, *, quality: int = 95) -> bytes:
@@ -75,7 +242,7 @@ def check_resize(size: Sequence[int], interpolation: str) -> None:
   """Refuses what `resize` cannot do.
 
   Args:
-    size: (height, width), whole numbers of at least 1.
+    size: (height, width), whole numbers from 1 to 16,384.
     interpolation: "bicubic" or "bilinear".
 
   Raises:
@@ -86,10 +253,9 @@ def check_resize(size: Sequence[int], interpolation: str) -> None:
       f"interpolation {interpolation!r} is unknown: use one of"
       f" {', '.join(sorted(_FILTERS))}"
     )
-  if len(size) != 2 or min(size) < 1:
-    raise errors.UserError(
-      f"image_size {tuple(size)}: give height and width, such as 256,128"
-    )
+  if not ranges.PAIR.holds(size):
+    shown = tuple(size) if isinstance(size, list) else size
+    raise errors.UserError(f"image_size {shown}: give {ranges.PAIR.text}")
 
 
 def resize(

@@ -5,7 +5,7 @@ needs no dataset and no number of classes. Whatever comes in is read by threads,
 resized, and run through one compiled program of one batch size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent import futures
 import dataclasses
 import itertools
@@ -14,11 +14,22 @@ import os
 import pathlib
 from typing import Any, Literal
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 
-from dppp_jax import checkpoints, devices, errors, logs, trees, types
+from dppp_jax import (
+  checkpoints,
+  devices,
+  errors,
+  logs,
+  paths,
+  ranges,
+  trees,
+  types,
+)
 from dppp_jax.data import images as images_lib
 from dppp_jax.data import source as source_lib
 from dppp_jax.data import transforms
@@ -29,6 +40,7 @@ from dppp_jax.weights import convert, hub, load
 RUN_FILE = "extractor.json"
 EXPORT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+DTYPES = ("float32", "bfloat16")
 _USED = ("clip/vision_model/", "clip/visual_projection/", "projector/")
 
 
@@ -44,10 +56,12 @@ class Extractor:
       CPUs.
     num_threads: that read and resize.
     where: where the parameters come from, for messages.
+    folder: of a run, an export or a checkpoint; `where` by default.
 
   Attributes:
     spec: as given.
     where: as given.
+    folder: as given.
     dtype: name of the compute dtype.
     params: float32 on the device, exactly those that are used.
     num_compilations: programs compiled so far: at most one.
@@ -65,49 +79,61 @@ class Extractor:
     dtype: jax.typing.DTypeLike | None = None,
     num_threads: int | None = None,
     where: str = "the parameters",
+    folder: str | os.PathLike | None = None,
   ):
     if dtype is None:
       dtype = "float32" if devices.platform() == "cpu" else "bfloat16"
+    ranges.one("batch_size", batch_size, ranges.COUNT)
+    if num_threads is not None:
+      ranges.one("num_threads", num_threads, ranges.COUNT)
     self.spec = spec
     self.where = where
-    self.dtype = jnp.dtype(dtype).name
+    self.folder = str(folder or where)
+    self.dtype = _dtype_name(dtype)
     self.params = _used(spec, params, where)
     self.num_compilations = 0
     self._batch_size = batch_size
     self._num_threads = num_threads or min(8, os.cpu_count() or 1)
-    self._forward = make_forward(spec, dtype)
+    self._forward = make_forward(spec, self.dtype)
     self._compiled = None
+
+  def with_feature(self, feature: spec_lib.Feature) -> "Extractor":
+    """Returns an extractor of another feature of the same parameters."""
+    return Extractor(
+      dataclasses.replace(self.spec, feature=feature),
+      self.params,
+      batch_size=self._batch_size,
+      dtype=self.dtype,
+      num_threads=self._num_threads,
+      where=self.where,
+      folder=self.folder,
+    )
 
   def __call__(
     self,
-    images: np.ndarray | Sequence[np.ndarray | str | os.PathLike],
+    images: types.Array | Iterable[Any],
     *,
     progress: bool = False,
   ) -> np.ndarray:
     """Extracts features.
 
     Args:
-      images: uint8 [B, H, W, 3]; or a sequence of uint8 arrays ([H, W],
-        [H, W, 1], [H, W, 3] or [H, W, 4], of any sizes) and of paths.
+      images: uint8 [B, H, W, 3]; or any number of pictures of any sizes, each
+        a path, the bytes of a file, a picture of Pillow (`images.of_pillow`),
+        or numbers (`images.of_array`).
       progress: show a progress bar.
 
     Returns:
       float32 [B, D], of L2 norm 1.
 
     Raises:
-      errors.UserError: a file that is missing or damaged (it is named), or an
-        array that is no uint8 image.
+      errors.UserError: a file that is missing or damaged (it is named),
+        numbers that are no uint8 image, or one image instead of several.
     """
-    is_one = isinstance(images, (str, os.PathLike)) or (
-      isinstance(images, np.ndarray) and images.ndim != 4
-    )
-    if is_one:
-      raise errors.UserError(
-        "give uint8 [B, H, W, 3] or a list of images, not one image"
-      )
-    read = lambda i: _to_image(images[i], i)
+    items = _several(images)
+    read = lambda i: _to_image(items[i], i)
     desc = "extract" if progress else None
-    return self._run(read, len(images), on_corrupt="error", desc=desc)[0]
+    return self._run(read, len(items), on_corrupt="error", desc=desc)[0]
 
   def extract(
     self,
@@ -203,7 +229,10 @@ class Extractor:
       (self._batch_size, *self.spec.image_size, 3), np.uint8
     )
     forward = jax.jit(self._forward)
-    self._compiled = forward.lower(self.params, images).compile()
+    # A GPU's float32 products have 10 bits otherwise (TF32).
+    exact = "float32" if self.dtype == "float32" else None
+    with jax.default_matmul_precision(exact):
+      self._compiled = forward.lower(self.params, images).compile()
     self.num_compilations += 1
 
 
@@ -233,11 +262,22 @@ def load_extractor(
   Raises:
     errors.UserError: nothing there to load, or damaged, or of another model.
   """
-  path = pathlib.Path(path)
-  if (path / RUN_FILE).is_file():
+  ranges.one("batch_size", batch_size, ranges.COUNT)
+  dtype = _dtype_name(dtype)
+  if step is not None:
+    ranges.one("step", step, ranges.WHOLE)
+  path = paths.expand(path)
+  is_run, folder = (path / RUN_FILE).is_file(), path
+  if step is not None and not is_run:
+    raise errors.UserError(
+      f"step {step}: {path} is no run folder, and has no checkpoints: leave the"
+      " step out"
+    )
+  if is_run:
     spec = spec_lib.Spec.from_json(path / RUN_FILE)
     step, params = checkpoints.restore_model(path, step)
     where = f"{path} (step {step})"
+    spec = _of_its_stage(spec, params, feature, where)
   elif _is_export(path):
     spec = spec_lib.Spec.from_json(path / EXPORT_FILE)
     params = trees.unflatten(hub.read_tensors(path / WEIGHTS_FILE))
@@ -254,11 +294,37 @@ def load_extractor(
     where = str(folder)
   changes = {"feature": feature, "image_size": image_size}
   spec = dataclasses.replace(
-    spec, **{key: value for key, value in changes.items() if value}
+    spec, **{key: x for key, x in changes.items() if x is not None}
   )
   return Extractor(
-    spec, params, batch_size=batch_size, dtype=dtype, where=where
+    spec,
+    params,
+    batch_size=batch_size,
+    dtype=dtype,
+    where=where,
+    folder=folder,
   )
+
+
+def _of_its_stage(
+  spec: spec_lib.Spec, params: types.Params, feature: str | None, where: str
+) -> spec_lib.Spec:
+  """Returns the spec of the stage that a checkpoint is of.
+
+  extractor.json is of the stage that ended last; an older checkpoint may be of
+  the stage before, which has no projector.
+  """
+  if spec.projector is None or "projector" in params:
+    return spec
+  if feature == "content":
+    raise errors.UserError(
+      f"{where}: is of stage ptl, and feature 'content' needs the projector of"
+      " stage psd: take feature 'projected', or a later step"
+    )
+  spec = dataclasses.replace(spec, projector=None, feature="projected")
+  if feature is None:
+    logging.warning("%s: is of stage ptl: its feature is 'projected'", where)
+  return spec
 
 
 def make_forward(
@@ -299,31 +365,64 @@ def _take(features: np.ndarray, start: int, output: jax.Array) -> None:
   part[:] = np.asarray(output)[: len(part)]
 
 
-def _to_image(item: Any, i: int) -> np.ndarray:
-  """Returns uint8 [H, W, 3] of an array or a path."""
-  if isinstance(item, (str, os.PathLike)):
+def _several(images: Any) -> Any:
+  """Returns what has a length and an i-th picture; refuses a single one."""
+  single = (str, bytes, bytearray, memoryview, os.PathLike, PIL.Image.Image)
+  num_axes = getattr(images, "ndim", None)
+  if num_axes == 1:  # Of paths, or of objects.
+    return list(images)
+  if isinstance(images, single) or num_axes not in (None, 4):
+    raise errors.UserError(
+      "give uint8 [B, H, W, 3] or a list of images, not one image: [image]"
+    )
+  if num_axes == 4:
     try:
-      data = pathlib.Path(item).read_bytes()
-    except OSError as error:
-      raise images_lib.CorruptImageError(
-        f"{item}: cannot be read ({error.strerror}): restore the file"
+      return np.asarray(images)
+    except Exception as error:  # A tensor on a GPU, a deleted array, ...
+      reason = " ".join(str(error).split())
+      raise errors.UserError(
+        f"the images are no array ({reason}): give uint8 [B, H, W, 3]"
       ) from error
-    return images_lib.decode(data, name=str(item))
-  image = np.asarray(item)
-  if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+  if isinstance(images, (Mapping, Set)) or not isinstance(images, Iterable):
     raise errors.UserError(
-      f"image {i} is {image.dtype} {image.shape}: give uint8 [H, W, 3], 0 to"
-      " 255, or a path"
+      f"give uint8 [B, H, W, 3] or a list of images, not a"
+      f" {type(images).__name__}"
     )
-  if image.ndim == 2:
-    image = image[:, :, None]
-  if image.shape[2] == 1:
-    return np.repeat(image, 3, axis=2)
-  if image.shape[2] not in (3, 4):
-    raise errors.UserError(
-      f"image {i} has {image.shape[2]} channels: give grey, RGB or RGBA"
-    )
-  return np.ascontiguousarray(image[:, :, :3])
+  return list(images)
+
+
+def _to_image(item: Any, i: int) -> np.ndarray:
+  """Returns uint8 [H, W, 3] of anything that is a picture."""
+  if isinstance(item, (str, os.PathLike)):
+    return images_lib.read_file(item)
+  name = f"image {i}"
+  if isinstance(item, (bytes, bytearray, memoryview)):
+    return images_lib.decode(bytes(item), name=name)
+  if not isinstance(item, PIL.Image.Image):
+    return images_lib.of_array(item, name=name)
+  name = getattr(item, "filename", "") or name
+  try:
+    return images_lib.of_pillow(item, name=name)
+  except errors.UserError:
+    raise
+  except Exception as error:  # Pillow reads a file when it is asked for pixels.
+    reason = " ".join(str(error).split())
+    raise images_lib.CorruptImageError(
+      f"{name}: cannot be decoded ({reason}): replace or remove it"
+    ) from error
+
+
+def _dtype_name(dtype: Any) -> str:
+  """Returns the name of the compute dtype; of None the device's usual one."""
+  if dtype is None:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = str(dtype)
+  if name not in DTYPES:
+    raise errors.UserError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
+  return name
 
 
 def _used(
@@ -357,6 +456,6 @@ def _is_export(path: pathlib.Path) -> bool:
   if not file.is_file():
     return False
   try:
-    return spec_lib.MARK in json.loads(file.read_text())
+    return spec_lib.MARK in json.loads(file.read_text(encoding="utf-8-sig"))
   except ValueError:
     return False  # Whoever reads it next says so.

@@ -6,13 +6,20 @@ import importlib.metadata
 import pathlib
 from typing import Any, Literal
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 from dppp_jax.data import images
-from dppp_jax.models import clip
+from dppp_jax.models import clip, layers
 from dppp_jax.weights import export, hub
 
 FEATURES = ("content", "projected", "concat")
 MARK = "dppp_jax"  # The key by which an export differs from a CLIP folder.
+
+RANGES = {
+  "mean": ranges.COLOUR,
+  "std": ranges.SPREAD,
+  "features": ranges.COUNT,
+  "hidden": ranges.COUNT,
+}
 
 Feature = Literal["content", "projected", "concat"]
 
@@ -41,6 +48,10 @@ class Spec:
   interpolation: str = "bilinear"
 
   def __post_init__(self):
+    ranges.check({"mean": self.mean, "std": self.std}, RANGES)
+    images.check_resize(self.image_size, self.interpolation)
+    for key in ("image_size", "mean", "std"):  # Lists, too, are taken.
+      object.__setattr__(self, key, tuple(getattr(self, key)))
     if self.feature not in FEATURES:
       raise errors.UserError(
         f"feature {self.feature!r} is unknown: use one of {', '.join(FEATURES)}"
@@ -50,7 +61,8 @@ class Spec:
         "feature 'content' needs the projector that stage psd trains, and this"
         " model has none: use 'projected' or 'concat'"
       )
-    images.check_resize(self.image_size, self.interpolation)
+    if self.projector is not None:
+      _check_projector(self.projector)
     self.vision.grid(*self.image_size)
 
   @property
@@ -86,9 +98,9 @@ class Spec:
       values["vision"] = clip.VisionConfig(
         **(values["vision"] | ({"projection_dim": width} if width else {}))
       )
-      for key in ("image_size", "mean", "std"):
-        values[key] = tuple(values[key])
       return cls(**values)
+    except errors.UserError as error:
+      raise errors.UserError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:
       raise errors.UserError(f"{path}: {error}: export again") from error
 
@@ -99,6 +111,21 @@ class Spec:
       "projection_dim": self.vision.projection_dim,
       **dataclasses.asdict(self),
     }
+
+
+def _check_projector(fields: Any) -> None:
+  """Refuses what no `heads.Projector` can be made of."""
+  known = {"features", "hidden", "act", "residual"}
+  if not isinstance(fields, Mapping) or set(fields) != known:
+    raise errors.UserError(
+      f"projector {fields!r}: give {', '.join(sorted(known))}"
+    )
+  ranges.check(fields, RANGES, where="projector.")
+  layers.activation(fields["act"])
+  if not isinstance(fields["residual"], bool):
+    raise errors.UserError(
+      f"projector.residual={fields['residual']!r}: give true or false"
+    )
 
 
 def of_clip(folder: pathlib.Path, vision: clip.VisionConfig) -> Spec:
