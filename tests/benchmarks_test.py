@@ -184,13 +184,21 @@ def with_files(changes: dict[str, list[str]]):
   ("build", "says"),
   [
     (lambda root: root.parent / "none", ["none: no such folder", "query"]),
-    (lambda root: root, ["no folder bounding_box_train nor query", "looked"]),
+    (lambda root: root, ["no folder query nor bounding_box_test", "looked"]),
     (
       lambda root: write(root / "Market-1501", {"query": MARKET["query"]}),
-      ["Market-1501: no folder bounding_box_train nor bounding_box_test"],
+      ["Market-1501: no folder bounding_box_test of Market-1501"],
     ),
-    (with_files({"query": []}), ["query: holds no .jpg, .jpeg, .png file"]),
-    (with_files({"query": ["a.bmp"]}), ["query: holds no .jpg"]),
+    (with_files({"query": []}), ["query: holds no .jpg, .jpeg, .png, .bmp"]),
+    (with_files({"query": ["a.gif"]}), ["query: holds no .jpg"]),
+    (
+      with_files({"query": ["1" * 30 + "_c1s1_000401_03.jpg"]}),
+      ["numbers end at 2,147,483,647", "rename it"],
+    ),
+    (
+      with_files({"query": ["0001_c" + "9" * 20 + "s1_000401_03.jpg"]}),
+      ["numbers end at 2,147,483,647"],
+    ),
     (
       with_files({"query": ["-1_c1s1_000401_03.jpg"]}),
       ["query: none of its 1 files shows a known person"],

@@ -12,10 +12,11 @@ import re
 from absl import logging
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, paths
 from dppp_jax.data import images
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_LARGEST = 2**31 - 1  # Of a person's and a camera's number.
 _JUNK = -1  # Bad detections: dropped, which scores as ignoring them does.
 
 
@@ -73,12 +74,7 @@ class ImageFiles:
 
   def raw(self, i: int) -> bytes:
     """Returns the bytes of file i; raises as `read` where there are none."""
-    try:
-      return self.paths[i].read_bytes()
-    except OSError as error:
-      raise images.CorruptImageError(
-        f"{self.name(i)}: cannot be read ({error.strerror}): restore the file"
-      ) from error
+    return images.read_bytes(self.paths[i])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Benchmark:
     name: key of the table, e.g. "market1501".
     title: as papers write it, e.g. "Market-1501".
     root: the folder found to hold the subsets.
-    train: pictures to train on; never a distractor.
+    train: pictures to train on, perhaps none; never a distractor.
     query: pictures to search with.
     gallery: pictures to search in; distractors (pid 0) are negatives.
     published: what the whole benchmark is known to hold, by subset.
@@ -114,8 +110,11 @@ class Benchmark:
 
   @property
   def is_whole(self) -> bool:
-    """Whether images and persons number what was published."""
-    return self.counts == dict(self.published)
+    """Whether images and persons number what was published.
+
+    Training pictures that are not there are not missed: no score reads them.
+    """
+    return not _differing(self, self.published)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +180,11 @@ NAMES = tuple(_ROWS)
 
 
 def load(
-  name: str, root: str | pathlib.Path, *, allow_partial: bool = False
+  name: str,
+  root: str | pathlib.Path,
+  *,
+  allow_partial: bool = False,
+  needs: tuple[str, ...] = ("query", "gallery"),
 ) -> Benchmark:
   """Reads a benchmark's file names and compares its counts.
 
@@ -195,14 +198,15 @@ def load(
       the names that toolboxes give it.
     allow_partial: go on, with a warning, where counts differ from the
       published ones.
+    needs: subsets that must be there; the others may be absent or empty.
 
   Returns:
     The benchmark.
 
   Raises:
-    errors.UserError: unknown name, folders missing, a subset without pictures,
-      a name that does not parse, counts that differ, persons both in train and
-      query, or no query that the gallery can answer.
+    errors.UserError: unknown name, folders missing, a subset without pictures
+      that is needed, a name that does not parse, counts that differ, persons
+      both in train and query, or no query that the gallery can answer.
   """
   key = _plain(name)
   if key not in _ROWS:
@@ -210,13 +214,16 @@ def load(
       f"benchmark {name!r} is unknown: use one of {', '.join(NAMES)}"
     )
   row = _ROWS[key]
-  root = _find(pathlib.Path(root).expanduser(), row)
+  root = _find(paths.expand(root), row, needs)
   found = Benchmark(
     name=key,
     title=row.title,
     root=root,
     published=dict(row.published),
-    **{subset: _scan(root, subset, row) for subset in row.folders},
+    **{
+      subset: _scan(root, subset, row, is_needed=subset in needs)
+      for subset in row.folders
+    },
   )
   _check_persons(found, row)
   _check_counts(found, allow_partial=allow_partial)
@@ -227,19 +234,22 @@ def _plain(name: str) -> str:
   return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _find(root: pathlib.Path, row: _Row) -> pathlib.Path:
-  """Returns the folder that holds the three subsets."""
+def _find(
+  root: pathlib.Path, row: _Row, needs: tuple[str, ...]
+) -> pathlib.Path:
+  """Returns the folder that holds the subsets that are needed."""
+  needed = [row.folders[subset] for subset in needs]
   if not root.is_dir():
     raise errors.UserError(
       f"{root}: no such folder: give the folder that holds {row.title}"
-      f" ({', '.join(row.folders.values())})"
+      f" ({', '.join(needed)})"
     )
   # As unpacked, as torchreid nests it, and as a folder of all data sets.
   children = _named(root, row)
   nested = [found for child in children for found in _named(child, row)]
   candidates = [root, *children, *nested]
   lacking = {
-    folder: [f for f in row.folders.values() if not (folder / f).is_dir()]
+    folder: [name for name in needed if not (folder / name).is_dir()]
     for folder in candidates
   }
   whole = [folder for folder in candidates if not lacking[folder]]
@@ -259,7 +269,7 @@ def _find(root: pathlib.Path, row: _Row) -> pathlib.Path:
   raise errors.UserError(
     f"{nearest}: no folder {' nor '.join(lacking[nearest])} of {row.title}"
     f" (looked in {looked}): give the folder that holds"
-    f" {', '.join(row.folders.values())}"
+    f" {', '.join(needed)}"
   )
 
 
@@ -268,19 +278,28 @@ def _named(folder: pathlib.Path, row: _Row) -> list[pathlib.Path]:
   return sorted(
     child
     for child in folder.iterdir()
-    if _plain(child.name).startswith(row.stem) and child.is_dir()
+    if _plain(child.name).startswith(row.stem)
+    and not child.name.startswith(".")
+    and child.is_dir()
   )
 
 
-def _scan(root: pathlib.Path, subset: str, row: _Row) -> ImageFiles:
-  """Parses the names of one subset."""
+def _scan(
+  root: pathlib.Path, subset: str, row: _Row, *, is_needed: bool
+) -> ImageFiles:
+  """Parses the names of one subset; it may be absent unless it is needed."""
   folder = root / row.folders[subset]
+  nothing = ImageFiles([], np.zeros(0), camids=np.zeros(0))
+  if not is_needed and not folder.is_dir():
+    return nothing
   # Archives carry Thumbs.db, and ._ files once a Mac has seen them.
   files = sorted(
     path
     for path in folder.iterdir()
     if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
   )
+  if not files and not is_needed:
+    return nothing
   if not files:
     raise errors.UserError(
       f"{folder}: holds no {', '.join(_SUFFIXES)} file:"
@@ -294,12 +313,17 @@ def _scan(root: pathlib.Path, subset: str, row: _Row) -> ImageFiles:
         f"{path}: not a file name of {row.title} (such as {row.example}):"
         " remove or rename it"
       )
-    pid = int(match.group(1))
+    pid, camera = int(match.group(1)), int(match.group(2))
+    if max(pid, camera) > _LARGEST:
+      raise errors.UserError(
+        f"{path}: person {pid}, camera {camera}: numbers end at {_LARGEST:,}:"
+        " rename it"
+      )
     if pid == _JUNK or (subset != "gallery" and pid == row.distractor):
       continue
     kept.append(path)
     pids.append(pid)
-    camids.append(int(match.group(2)) - 1)
+    camids.append(camera - 1)
   if not kept:
     raise errors.UserError(
       f"{folder}: none of its {len(files):,} files shows a known person:"
@@ -317,6 +341,8 @@ def _check_persons(found: Benchmark, row: _Row) -> None:
       f" and in {row.folders['query']}, the first is {shared[0]}: the two must"
       " not share persons"
     )
+  if not len(found.query) or not len(found.gallery):
+    return
   cameras: dict[int, set[int]] = {}
   for pid, camid in zip(found.gallery.pids, found.gallery.camids, strict=True):
     cameras.setdefault(int(pid), set()).add(int(camid))
@@ -342,12 +368,22 @@ def _check_persons(found: Benchmark, row: _Row) -> None:
     )
 
 
+def _differing(
+  found: Benchmark, published: Mapping[str, Counts]
+) -> dict[str, Counts]:
+  """Returns the subsets that are there with other counts than published."""
+  return {
+    subset: counts
+    for subset, counts in found.counts.items()
+    if counts.images and counts != published[subset]
+  }
+
+
 def _check_counts(found: Benchmark, *, allow_partial: bool) -> None:
   """Compares with the published counts, naming both numbers."""
   differing = [
     f"{subset} has {counts}, published are {found.published[subset]}"
-    for subset, counts in found.counts.items()
-    if counts != found.published[subset]
+    for subset, counts in _differing(found, found.published).items()
   ]
   if not differing:
     return

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dppp_jax import errors
+from dppp_jax import errors, paths
 from dppp_jax.data import images
 
 _HEADER = struct.Struct("<QI")
@@ -207,7 +207,7 @@ def load(
   Raises:
     errors.UserError: missing, half-written or damaged.
   """
-  data_dir = pathlib.Path(data_dir)
+  data_dir = paths.expand(data_dir)
   folder = data_dir / name / version
   make = f"python launch/generate.py --data_dir {data_dir}"
   if not folder.is_dir():
@@ -218,7 +218,7 @@ def load(
     raise errors.UserError(f"{folder}: no such dataset: run `{make}` first")
   path = folder / "dataset_info.json"
   try:
-    info = json.loads(path.read_text())
+    info = json.loads(path.read_text(encoding="utf-8-sig"))
     entry = next(s for s in info["splits"] if s["name"] == split)
     counts = [int(n) for n in entry["shardLengths"]]
   except FileNotFoundError as error:

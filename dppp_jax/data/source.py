@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 
 _NUM_DIGESTED = 8
 
@@ -149,7 +149,12 @@ class Records:
 
 
 def first_ids(source: Source, num: int) -> Source:
-  """Returns the pictures of the first `num` persons, or all for 0."""
+  """Returns the pictures of the first `num` persons, or all for 0.
+
+  Raises:
+    errors.UserError: a number below 0, or none.
+  """
+  ranges.one("max_ids", num, ranges.WHOLE)
   if not num:
     return source
   ids = np.unique(source.pids)[:num]

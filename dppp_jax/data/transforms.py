@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dppp_jax import errors, rngs, types
+from dppp_jax import errors, ranges, rngs, types
 
 # Luma as torchvision's rgb_to_grayscale has it.
 _LUMA = (0.2989, 0.587, 0.114)
@@ -19,6 +19,15 @@ _INSTANCE_EPSILON = 1e-5  # torch.nn.InstanceNorm2d
 _ERASING_ATTEMPTS = 10
 
 _NORMALIZE = ("constants", "instance")
+_BOUNDS = ("contrast", "gain", "erasing_area", "erasing_aspect")
+RANGES = {
+  "flip": ranges.UNIT,
+  "pad": ranges.WHOLE,
+  "mean": ranges.COLOUR,
+  "std": ranges.SPREAD,
+  "erasing": ranges.UNIT,
+  **dict.fromkeys(_BOUNDS, ranges.BOUNDS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +68,18 @@ class Augment:
       value = getattr(self, field.name)
       if isinstance(value, list):
         object.__setattr__(self, field.name, tuple(value))
-    for key in ("flip", "erasing"):
-      if not 0 <= getattr(self, key) <= 1:
-        raise errors.UserError(
-          f"augment.{key} = {getattr(self, key)}: a probability is from 0 to 1"
-        )
-    if self.pad < 0:
-      raise errors.UserError(f"augment.pad = {self.pad}: must be at least 0")
-    for key in ("contrast", "gain", "erasing_area", "erasing_aspect"):
+    ranges.check(self, RANGES, where="augment.")
+    for key in _BOUNDS:
       value = getattr(self, key)
-      is_colour = key in ("contrast", "gain")
-      if value is None and is_colour:
-        continue
-      lowest = 0 if is_colour else 1e-6
-      if len(value) != 2 or not lowest <= value[0] <= value[1]:
+      lowest = 0 if key in ("contrast", "gain") else 1e-6
+      if value is not None and not lowest <= value[0] <= value[1]:
         raise errors.UserError(
-          f"augment.{key} = {value}: give a lower and an upper bound"
+          f"augment.{key}={value}: give a lower and an upper bound"
         )
     if self.normalize not in _NORMALIZE:
       raise errors.UserError(
         f"augment.normalize = {self.normalize!r}: use one of"
         f" {', '.join(_NORMALIZE)}"
-      )
-    if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-      raise errors.UserError(
-        f"augment.mean = {self.mean}, augment.std = {self.std}: give three"
-        " numbers each, std above 0"
       )
 
 
