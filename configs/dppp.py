@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.augment = augment = ml_collections.ConfigDict()
   augment.flip = 0.5
   augment.pad = 10  # Then a random crop.
-  augment.contrast = (0.5, 1.5)
+  augment.contrast = config_dict.FieldReference((0.5, 1.5))  # None: off.
   # Of each channel, as between cameras; the paper has none: e.g. (0.7, 1.3).
   augment.gain = config_dict.placeholder(tuple)
   augment.mean = (0.5, 0.5, 0.5)
@@ -89,6 +89,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   evaluation.benchmark_root = config_dict.placeholder(str)
   evaluation.allow_partial = False  # Go on with other counts than published.
   evaluation.interpolation = "bilinear"  # CLIP-ReID's test transform.
+  # Of the scores in the log: float32, as published rows are. Or bfloat16.
+  evaluation.dtype = "float32"
   # "auto" is v_c after PSD and v_g after PTL; "projected" is v_g, "concat"
   # CLIP-ReID's class token and v_g side by side.
   evaluation.feature = "auto"

@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.weight_decay = 0.01
   train.snr_gamma = config_dict.placeholder(float)  # As the UNet.
   train.drop = 0.1
-  train.ema = 0.998
+  train.ema = config_dict.FieldReference(0.998)  # None: off.
   train.phases = (
     dict(
       name="windows",

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.weight_decay = 0.0
   train.snr_gamma = config_dict.placeholder(float)  # As the UNet.
   train.drop = 0.1
-  train.ema = None
+  train.ema = config_dict.placeholder(float)
   train.phases = (
     dict(
       name="windows",

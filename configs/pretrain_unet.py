@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   train.drop = 0.1
   train.control_drop = 0.3
   train.zero_dropped = True
-  train.ema = 0.998
+  train.ema = config_dict.FieldReference(0.998)  # None: off.
   train.text_lr_factor = 0.3
   # Windows of two cells make more steps of the same work: all cells of a
   # canvas show the same person. Whole canvases teach that they do.

@@ -202,7 +202,8 @@ class _Best:
 def steps(workdir: str | pathlib.Path) -> list[int]:
   """Returns the global steps of a run's checkpoints, the newest first."""
   root = pathlib.Path(workdir) / _FOLDER
-  found = (int(p.name) for p in root.glob("*") if p.name.isdigit())
+  # Not isdigit, which "²" is.
+  found = (int(p.name) for p in root.glob("*") if p.name.isdecimal())
   return sorted(found, reverse=True)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import cli, devices, errors, logs, types
+from dppp_jax import cli, devices, errors, logs, paths, types
 from dppp_jax.diffusion import sampler as sampler_lib
 from dppp_jax.geneperson import (
   backgrounds,
@@ -81,6 +81,11 @@ def build(
     raise errors.UserError(
       f"--config.maker={config['maker']}: choose one of {', '.join(makers)}"
     )
+  if (config["maker"] == "diffusion") != ("models" in config):
+    raise errors.UserError(
+      f"--config.maker={config['maker']}: this preset is of the other maker:"
+      " give another --config"
+    )
   config = dict(config)
   checks.finite(config)
   pipeline.check_size(config["image_size"])
@@ -90,7 +95,7 @@ def build(
   pipeline.check_positive(
     num_identities=config["num_identities"], cap=config["cap"]
   )
-  return makers[config["maker"]](config, pathlib.Path(data_dir))
+  return makers[config["maker"]](config, paths.expand(data_dir))
 
 
 def _paperdoll(config: dict[str, Any], data_dir: pathlib.Path) -> Work:

@@ -8,13 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import cli, devices, errors
+from dppp_jax import cli, devices, errors, paths, ranges
 from dppp_jax.data import benchmarks, images, shards, transforms
 from dppp_jax.data import source as source_lib
 from dppp_jax.evals import benchmark as benchmark_lib
 from dppp_jax.evals import extractor as extractor_lib
 from dppp_jax.evals import spec as spec_lib
-from dppp_jax.methods import dppp
+from dppp_jax.methods import dppp, dppp_options
 from dppp_jax.train import loop, run
 from dppp_jax.train import stage as stage_lib
 from dppp_jax.weights import load
@@ -25,6 +25,19 @@ _FREE = (
   "train.log_every", "train.checkpoint_every", "train.eval_every_epochs",
   "train.tensorboard",
 )  # fmt: skip
+
+# Of the keys that no dataclass looks at as they are.
+RANGES = {
+  "data.image_size": ranges.PAIR,
+  "data.num_threads": ranges.WHOLE,
+  "data.max_ids": ranges.WHOLE,
+  "train.seed": ranges.WHOLE,
+  "train.P": ranges.COUNT,
+  "train.K": ranges.COUNT,
+  "train.log_every": ranges.COUNT,
+  "train.checkpoint_every": ranges.COUNT,
+  "train.eval_every_epochs": ranges.WHOLE,
+}
 
 
 def train(
@@ -49,6 +62,7 @@ def train(
     raise errors.UserError(
       f"config method {config['method']!r}: there is 'dppp' so far"
     )
+  ranges.check(config, RANGES, where="config ")
   augment = transforms.Augment(**config["augment"])
   options = dppp.Options(**_tuples(config["dppp"]))
   loop_options = _loop_options(config, augment)
@@ -71,7 +85,7 @@ def train(
     config,
     clip_config,
     options,
-    pathlib.Path(workdir),
+    paths.expand(workdir),
     last_stage=stages[-1].name,
   )
   folder = run.prepare(workdir, config, free=_FREE)
@@ -85,6 +99,33 @@ def train(
   if outcome.finished:  # Perhaps long ago, and eval.feature is another now.
     judge.write_spec(stages[-1].name)
   return outcome
+
+
+def idle(config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what a training does not read, for `cli.refuse_idle`.
+
+  Args:
+    config: the resolved configuration as a nested dict.
+
+  Returns:
+    flag or "config.key" -> why it does nothing.
+  """
+  found = {}
+  if config["data"]["data_dir"]:
+    found["data_dir"] = "config.data.data_dir says where the dataset lies"
+  evaluation = config["eval"]
+  if not evaluation["benchmark_root"]:
+    why = "nothing is evaluated without config.eval.benchmark_root"
+    keys = ("benchmarks", "allow_partial", "dtype")
+    found |= {f"config.eval.{key}": why for key in keys}
+  elif not evaluation["benchmarks"]:
+    why = "config.eval.benchmarks is empty"
+    keys = ("benchmark_root", "allow_partial", "dtype")
+    found |= {f"config.eval.{key}": why for key in keys}
+  options = dppp.Options(**_tuples(config["dppp"]))
+  for key, why in dppp_options.idle(options).items():
+    found[f"config.dppp.{key}"] = why
+  return found
 
 
 def _loop_options(
@@ -119,7 +160,9 @@ def load_source(data: Mapping[str, Any], data_dir: str) -> source_lib.Source:
   if name == "geneperson":
     source = shards.load(where)
   elif name in benchmarks.NAMES:
-    source = benchmarks.load(name, where, allow_partial=True).train
+    source = benchmarks.load(
+      name, where, allow_partial=True, needs=("train",)
+    ).train
   else:
     raise errors.UserError(
       f"config data.dataset {name!r}: choose geneperson or one of"
@@ -153,9 +196,14 @@ class _Judge:
         f"config eval.feature {evaluation['feature']!r}: choose one of"
         f" {', '.join(features)}"
       )
+    if evaluation["dtype"] not in extractor_lib.DTYPES:
+      raise errors.UserError(
+        f"config eval.dtype {evaluation['dtype']!r}: choose one of"
+        f" {', '.join(extractor_lib.DTYPES)}"
+      )
     self._spec(last_stage)
     names = evaluation["benchmarks"] if evaluation["benchmark_root"] else ()
-    self._benchmarks = [self._open(name) for name in names]
+    self._benchmarks = [self._open(name) for name in dict.fromkeys(names)]
     first = self._benchmarks[0].name if self._benchmarks else None
     self.best_metric = f"{first}/mAP" if first else None
 
@@ -201,7 +249,7 @@ class _Judge:
     extractor = extractor_lib.Extractor(
       spec_lib.Spec.from_json(path),
       params,
-      dtype=compute_dtype(self._config["dtype"]),
+      dtype=self._config["eval"]["dtype"],
     )
     metrics = {}
     for benchmark in self._benchmarks:

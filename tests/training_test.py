@@ -22,17 +22,19 @@ from dppp_jax.paperdoll import benchmark as drawn_benchmark
 from dppp_jax.weights import export, hub, load
 from dppp_jax.weights import tokenizer as tokenizer_lib
 
-_SMALL = (
-  "--config.data.image_size=32,16",
-  "--config.data.max_ids=0",
-  "--config.train.P=2",
-  "--config.train.K=2",
+_SMALL_PTL = (
   "--config.dppp.num_styles=3",
   "--config.dppp.num_selected=2",
   "--config.dppp.style_layers=1",
   "--config.dppp.style_hidden=8",
   "--config.dppp.content_hidden=8",
-  "--config.dppp.projector_hidden=8",
+)
+_SMALL_PSD = ("--config.dppp.projector_hidden=8",)
+_SMALL = (
+  "--config.data.image_size=32,16",
+  "--config.data.max_ids=0",
+  "--config.train.P=2",
+  "--config.train.K=2",
   "--config.augment.pad=1",
 )
 # Of a vision tower's last block, which one row asks: a bias of keys moves all
@@ -71,6 +73,8 @@ def train(capsys, world, *words):
     f"--data_dir={world / 'drawn'}",
     "--config.data.dataset=market1501",
     *_SMALL,
+    *(() if "--config.dppp.tri_txt_weight=0" in words else _SMALL_PTL),
+    *(() if "--config.dppp.psd_epochs=0" in words else _SMALL_PSD),
     *words,
     default=cli.REQUIRED,
   )
@@ -157,6 +161,8 @@ def trained(world, tmp_path_factory):
         f"--data_dir={world / 'drawn'}",
         "--config.data.dataset=market1501",
         *_SMALL,
+        *_SMALL_PTL,
+        *_SMALL_PSD,
         f"--config.eval.benchmark_root={world / 'drawn'}",
         "--config.eval.benchmarks=('market1501','dukemtmcreid')",
         f"--workdir={workdir}",
@@ -261,9 +267,24 @@ def test_folder_that_is_no_run_is_not_written_to(capsys, world, tmp_path):
     (("--config.dppp.style_heads=0",), "dppp.style_heads"),
     (("--config.dppp.style_heads=-1",), "dppp.style_heads"),
     (
-      ("--config.dppp.ptl_epochs=0", "--config.dppp.psd_epochs=0"),
+      (
+        "--config.dppp.ptl_epochs=0",
+        "--config.dppp.psd_epochs=0",
+        "--config.dppp.tri_txt_weight=0",
+      ),
       "dppp.ptl_epochs",
     ),
+    (("--config.dppp.psd_epochs=-1",), "dppp.psd_epochs=-1"),
+    (("--config.dppp.encoder_lr=nan",), "dppp.encoder_lr=nan"),
+    (("--config.dppp.label_smoothing=1.5",), "dppp.label_smoothing=1.5"),
+    (("--config.data.max_ids=-1",), "data.max_ids=-1"),
+    (("--config.train.eval_every_epochs=-1",), "train.eval_every_epochs=-1"),
+    (("--config.train.seed=99999999999",), "train.seed=99999999999"),
+    (("--config.eval.dtype=half",), "config eval.dtype 'half'"),
+    (("--config.dppp.soft_margin", "--config.dppp.margin=1"), "dppp.margin"),
+    (("--config.eval.allow_partial",), "eval.allow_partial does nothing"),
+    (("--config.data.data_dir=x",), "--data_dir does nothing"),
+    (("--config.train.tensorboard", "--workdir="), "--workdir=: is empty"),
     (("--config.train.log_every=0",), "train.log_every"),
     (("--config.train.checkpoint_every=0",), "train.checkpoint_every"),
     (("--config.data.num_threads=-1",), "num_threads"),
@@ -360,7 +381,7 @@ def test_truncated_picture_is_named_or_skipped(capsys, world, tmp_path):
   shutil.copytree(world / "drawn", drawn)
   victim = sorted(drawn.glob("Market*/bounding_box_train/*.jpg"))[1]
   victim.write_bytes(victim.read_bytes()[:200])
-  words = (f"--config.data.data_dir={drawn}", *_QUICK)
+  words = (f"--data_dir={drawn}", *_QUICK)
   line = failing_line(
     train(capsys, world, *words, f"--workdir={tmp_path / 'a'}")
   )

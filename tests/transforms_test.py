@@ -258,14 +258,17 @@ def test_lists_of_a_config_become_tuples():
 @pytest.mark.parametrize(
   ("fields", "says"),
   [
-    (dict(flip=1.5), "augment.flip = 1.5"),
-    (dict(erasing=-0.1), "augment.erasing = -0.1"),
-    (dict(pad=-1), "augment.pad = -1"),
+    (dict(flip=1.5), "augment.flip=1.5: give a number from 0 to 1"),
+    (dict(erasing=-0.1), "augment.erasing=-0.1"),
+    (dict(pad=-1), "augment.pad=-1"),
     (dict(contrast=(1.5, 0.5)), "augment.contrast"),
     (dict(gain=(-0.1, 0.5)), "augment.gain"),
     (dict(erasing_aspect=(0.0, 3.0)), "augment.erasing_aspect"),
     (dict(normalize="batch"), "use one of constants, instance"),
-    (dict(std=(0.5, 0.0, 0.5)), "std above 0"),
+    (dict(std=(0.5, 0.0, 0.5)), "augment.std=.*above 0"),
+    (dict(mean=(0.5, float("nan"), 0.5)), "augment.mean=.*finite"),
+    (dict(gain=(0.5, float("inf"))), "augment.gain"),
+    (dict(gain=()), "augment.gain"),
   ],
 )
 def test_bad_specs_are_named(fields, says):

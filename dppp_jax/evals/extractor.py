@@ -81,8 +81,6 @@ class Extractor:
     where: str = "the parameters",
     folder: str | os.PathLike | None = None,
   ):
-    if dtype is None:
-      dtype = "float32" if devices.platform() == "cpu" else "bfloat16"
     ranges.one("batch_size", batch_size, ranges.COUNT)
     if num_threads is not None:
       ranges.one("num_threads", num_threads, ranges.COUNT)
@@ -415,7 +413,7 @@ def _to_image(item: Any, i: int) -> np.ndarray:
 def _dtype_name(dtype: Any) -> str:
   """Returns the name of the compute dtype; of None the device's usual one."""
   if dtype is None:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if devices.platform() == "cpu" else "bfloat16"
   try:
     name = jnp.dtype(dtype).name
   except TypeError:

@@ -3,9 +3,37 @@
 import dataclasses
 from typing import Literal
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 from dppp_jax.models import inversion, layers
 from dppp_jax.train import losses
+
+RANGES = {
+  **dict.fromkeys(
+    (
+      "sup_con_weight", "reid_weight", "tri_txt_weight", "psd_reid_weight",
+      "psd_sup_con_weight", "id_weight", "margin", "text_margin",
+      "style_init_std", "encoder_lr", "new_lr", "weight_decay",
+      "bias_lr_multiplier",
+    ),
+    ranges.NON_NEGATIVE,
+  ),
+  "temperature": ranges.POSITIVE,
+  "label_smoothing": ranges.SHARE,
+  "style_dropout": ranges.SHARE,
+  **dict.fromkeys(
+    (
+      "num_styles", "num_selected", "style_layers", "style_heads",
+      "style_mlp_ratio", "style_hidden", "content_hidden", "projector_hidden",
+    ),
+    ranges.COUNT,
+  ),
+  **dict.fromkeys(
+    ("ptl_epochs", "psd_epochs", "warmup_epochs"), ranges.WHOLE
+  ),
+  "decay_epochs": ranges.COUNTS,
+  "decay": ranges.UNIT,
+  "warmup_factor": ranges.UNIT,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,13 +164,7 @@ def _check(options: Options) -> None:
         f"{field} {getattr(options, field)!r}: choose one of"
         f" {', '.join(allowed)}"
       )
-  for field in dataclasses.fields(options):
-    value = getattr(options, field.name)
-    if field.name.endswith("_weight") and value < 0:
-      raise refuse(f"{field.name} is negative: 0 drops the term")
-    least = 0 if field.name.endswith("_epochs") else 1
-    if field.type is int and value < least:
-      raise refuse(f"{field.name} {value}: give at least {least}")
+  ranges.check(options, RANGES, where="config dppp.")
   try:
     layers.activation(options.projector_act)
   except errors.UserError as error:
@@ -175,3 +197,64 @@ def _check(options: Options) -> None:
       "psd_sup_con_weight needs content words that PTL has learned: set"
       " it or dppp.psd_epochs to 0"
     )
+
+
+_STYLE = (
+  "num_styles", "num_selected", "style_order", "style_source", "style_layers",
+  "style_heads", "style_mlp_ratio", "style_qkv_bias", "style_sigmoid",
+  "style_init_std", "style_hidden", "style_dropout",
+)  # fmt: skip
+_PROJECTOR = ("projector_hidden", "projector_act", "projector_residual")
+_PTL = (
+  "prompt", "sup_con_weight", "reid_weight", "tri_txt_weight", "train_encoder",
+  "encoder_lr",
+)  # fmt: skip
+_PSD = ("psd_reid_weight", "psd_sup_con_weight")
+
+
+def idle(options: Options) -> dict[str, str]:
+  """Returns the options that change nothing beside the others, and why."""
+  ptl, psd = options.ptl_epochs > 0, options.psd_epochs > 0
+  used = options.ptl_modules if ptl else ()
+  contrasts = (ptl and options.sup_con_weight > 0) or (
+    psd and options.psd_sup_con_weight > 0
+  )
+  reid = (ptl and options.reid_weight > 0) or (
+    psd and options.psd_reid_weight > 0
+  )
+  reads_prompts = ptl and (
+    options.sup_con_weight > 0 or options.tri_txt_weight > 0
+  )
+  rows = (
+    (not ptl, _PTL, "dppp.ptl_epochs is 0"),
+    (not psd, (*_PSD, *_PROJECTOR), "dppp.psd_epochs is 0"),
+    ("style" not in used, _STYLE, "no loss reads style words"),
+    (
+      "content_inversion" not in used,
+      ("content_hidden", "content_batch_norm"),
+      "no loss reads content words",
+    ),
+    (not options.sup_con_weight, ("prompt",), "dppp.sup_con_weight is 0"),
+    (not contrasts, ("similarity", "temperature"), "no loss contrasts"),
+    (
+      not (ptl and options.tri_txt_weight),
+      ("text_margin", "text_squared"),
+      "no triplets of texts are read",
+    ),
+    (
+      not reid,
+      ("id_weight", "label_smoothing", "margin", "soft_margin", "squared"),
+      "both Re-ID weights are 0",
+    ),
+    (not options.id_weight, ("label_smoothing",), "dppp.id_weight is 0"),
+    (options.soft_margin, ("margin",), "dppp.soft_margin has none"),
+    (not reads_prompts, ("full_stop",), "no loss reads prompts in PTL"),
+    (not options.train_encoder, ("encoder_lr",), "dppp.train_encoder is off"),
+    (not options.decay_epochs, ("decay",), "dppp.decay_epochs is empty"),
+    (not options.warmup_epochs, ("warmup_factor",), "dppp.warmup_epochs is 0"),
+  )
+  found: dict[str, str] = {}
+  for is_idle, keys, why in rows:
+    if is_idle:
+      found = {**dict.fromkeys(keys, why), **found}
+  return found

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 import pathlib
 from typing import Any
 
-from dppp_jax import errors
+from dppp_jax import errors, paths, ranges
+from dppp_jax.data import transforms
+from dppp_jax.evals import extractor
 from dppp_jax.pretraining import (
   autoencoder,
   clip,
@@ -27,6 +29,37 @@ METHODS: dict[str, Train] = {
   "unet": unet.train,
 }
 
+# What the numbers of configs/pretrain_*.py may be, by the ends of their keys.
+RANGES = {
+  **transforms.RANGES,
+  **dict.fromkeys(("lr", "weight_decay", "text_lr_factor", "weights"),
+    ranges.NON_NEGATIVE),
+  **dict.fromkeys(("warmup", "ema"), ranges.SHARE),
+  **dict.fromkeys(("final", "drop", "control_drop"), ranges.UNIT),
+  "caption_share": ranges.FACTOR,
+  **dict.fromkeys(("snr_gamma", "alpha", "beta_start", "beta_end"),
+    ranges.POSITIVE),
+  "guidance": ranges.NON_NEGATIVE,
+  **dict.fromkeys(("seed", "processes", "sheet_every", "steps_offset"),
+    ranges.WHOLE),
+  **dict.fromkeys((
+    "epochs", "batch_size", "log_every", "checkpoint_every", "sheet.num",
+    "steps", "num_canvases", "num_held_out", "num_held_out_canvases",
+    "num_images", "num_measured", "rank", "vocab_size", "projection_dim",
+    "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "vision.image_size", "patch_size",
+    "max_position_embeddings", "layers_per_block", "latent_channels",
+    "norm_num_groups", "addition_time_embed_dim",
+    "transformer_layers_per_block", "num_train_timesteps",
+  ), ranges.COUNT),
+  **dict.fromkeys(("image_size", "window", "stride", "crop"), ranges.PAIR),
+  **dict.fromkeys((
+    "block_out_channels", "conditioning_embedding_out_channels",
+    "attention_head_dim",
+  ), ranges.COUNTS),
+}  # fmt: skip
+_DTYPES = extractor.DTYPES
+
 
 def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   """Trains what `config["method"]` names.
@@ -48,4 +81,39 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
       f"config method {config.get('method')!r}: choose"
       f" {', '.join(sorted(METHODS))}"
     )
-  return method(config, workdir)
+  ranges.check(config, RANGES, where="config ")
+  if config["dtype"] not in _DTYPES:
+    raise errors.UserError(
+      f"config dtype {config['dtype']!r}: choose one of {', '.join(_DTYPES)}"
+    )
+  if "augment" in config:
+    transforms.Augment(**config["augment"])
+  return method(_expanded(config), str(paths.expand(workdir)))
+
+
+def idle(config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what a pre-training does not read, for `cli.refuse_idle`."""
+  if config["method"] != "unet":
+    return {}
+  found = {}
+  if not config["model"]["control"]:
+    found["config.train.control_drop"] = "no ControlNet learns beside the UNet"
+  if config["begin"]:
+    why = "all networks are those of config.begin"
+    keys = ("data.vae", "data.clip", "model.unet", "model.text_encoder_2")
+    keys = (*keys, "scheduler", "train.zero_dropped")
+    found |= {f"config.{key}": why for key in keys}
+  return found
+
+
+def _expanded(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a configuration with "~" of its paths as the home folder."""
+  found = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      found[key] = _expanded(value)
+    elif isinstance(value, str) and value.startswith("~"):
+      found[key] = str(paths.expand(value))
+    else:
+      found[key] = value
+  return found

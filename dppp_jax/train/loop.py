@@ -16,7 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import checkpoints, errors, interrupts, logs, rngs, trees, types
+from dppp_jax import (
+  checkpoints,
+  errors,
+  interrupts,
+  logs,
+  ranges,
+  rngs,
+  trees,
+  types,
+)
 from dppp_jax.data import sampler
 from dppp_jax.data import source as source_lib
 from dppp_jax.train import feed as feed_lib
@@ -28,6 +37,18 @@ from dppp_jax.train import step as step_lib
 Evaluator = Callable[[str, types.Params], Mapping[str, float]]
 # (stage name, step of the stage, params) -> metrics, perhaps none.
 Watcher = Callable[[str, int, types.Params], Mapping[str, float]]
+
+RANGES = {
+  "seed": ranges.WHOLE,
+  "image_size": ranges.PAIR,
+  "num_threads": ranges.WHOLE,
+  "mean": ranges.COLOUR,
+  "std": ranges.SPREAD,
+  "log_every": ranges.COUNT,
+  "checkpoint_every": ranges.COUNT,
+  "eval_every": ranges.WHOLE,
+  "watch_every": ranges.WHOLE,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +91,7 @@ class Options:
   tensorboard: bool = False
 
   def __post_init__(self):
-    for name in ("log_every", "checkpoint_every"):
-      if (steps := getattr(self, name)) < 1:
-        raise errors.UserError(f"config train.{name} {steps}: give at least 1")
+    ranges.check(self, RANGES, where="config train.")
 
 
 @dataclasses.dataclass(frozen=True)

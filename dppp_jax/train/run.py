@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dppp_jax import checkpoints, errors
+from dppp_jax import checkpoints, errors, paths
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -40,7 +40,7 @@ def prepare(
     errors.UserError: the folder holds a run of another configuration, or
       cannot be one.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = paths.expand(workdir)
   config = json.loads(json.dumps(config))
   path, about = workdir / "config.json", workdir / "environment.json"
   try:
@@ -66,7 +66,7 @@ def _check_held(
   path: pathlib.Path, config: Mapping[str, Any], free: tuple[str, ...]
 ) -> None:
   try:
-    held = json.loads(path.read_text())
+    held = json.loads(path.read_text(encoding="utf-8-sig"))
   except ValueError as error:
     raise errors.UserError(
       f"{path}: not JSON; restore it, or choose another --workdir"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dppp_jax import trees, types
+from dppp_jax import ranges, trees, types
 from dppp_jax.data import transforms
 
 
@@ -122,6 +122,15 @@ def averaged(
   return trees.unflatten({**trees.flatten(params), **average})
 
 
+RANGES = {
+  "epochs": ranges.WHOLE,
+  "weight_decay": ranges.NON_NEGATIVE,
+  "bias_lr_multiplier": ranges.NON_NEGATIVE,
+  "clip_norm": ranges.POSITIVE,
+  "ema": ranges.SHARE,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
   """One training stage.
@@ -164,3 +173,11 @@ class Stage:
   clip_norm: float | None = None
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ema: float | None = None
+
+  def __post_init__(self):
+    where = f"stage {self.name}: "
+    numbers = {name: getattr(self, name) for name in RANGES}
+    ranges.check(numbers, RANGES, where=where)
+    for pattern, rate in self.rules:
+      if rate is not None:
+        ranges.one(f"{where}lr of {pattern}", rate, ranges.NON_NEGATIVE)
