@@ -208,10 +208,14 @@ def score(root: pathlib.Path, seed: int, name: str) -> dict[str, Any]:
   if kept.exists():
     return json.loads(kept.read_text())
   if name == FROZEN:
-    model = extractor.load_extractor(demo.MINI_CLIP, image_size=(96, 48))
+    model = extractor.load_extractor(
+      demo.MINI_CLIP, image_size=(96, 48), dtype="float32"
+    )
   else:
     folder = train(root, seed, RUNS[name].ptl_of or name)
-    model = extractor.load_extractor(folder, feature=RUNS[name].feature)
+    model = extractor.load_extractor(
+      folder, feature=RUNS[name].feature, dtype="float32"
+    )
   found = {
     title: benchmark_lib.evaluate(
       model, benchmarks.load(title, root / "benchmarks", allow_partial=True)
@@ -266,9 +270,10 @@ def page(results: Mapping[str, Any]) -> str:
     for words, better, worse in CLAIMS
   ]
   parts.append(common.markdown(["", "Market Rank-1", "Duke Rank-1", ""], lines))
+  caption = results["distances"]
   parts.append(
     "## Distances between the domains (Fig. 6)\n\n![Distances of street and"
-    " generated people before and after](paperdoll_distances.png)\n"
+    f" generated people](paperdoll_distances.png)\n\n{caption}\n"
   )
   parts.append(_LIMITS)
   parts += _footnotes(x["where"] for each in scores.values() for x in each)
@@ -312,18 +317,29 @@ def _cells(name: str, seeds: Sequence[Mapping]) -> Iterator[str]:
       yield "(own)" if own else demo.mean_and_spread(values)
 
 
-def _draw_distances(root: pathlib.Path, path: pathlib.Path) -> None:
-  """Draws Fig. 6: the frozen CLIP and DPPP on the same pairs, seed 0."""
+def _draw_distances(root: pathlib.Path, path: pathlib.Path) -> str:
+  """Draws Fig. 6, row a as the baseline, of seed 0; returns its caption."""
   models = {
     "frozen mini CLIP": extractor.load_extractor(
-      demo.MINI_CLIP, image_size=(96, 48)
+      demo.MINI_CLIP, image_size=(96, 48), dtype="float32"
     ),
-    "PTL + PSD": extractor.load_extractor(_folder(root, 0, "e")),
+    "baseline (row a)": extractor.load_extractor(
+      _folder(root, 0, "a"), dtype="float32"
+    ),
+    "PTL + PSD": extractor.load_extractor(
+      _folder(root, 0, "e"), dtype="float32"
+    ),
   }
   data = benchmarks.load(_NAMES[0], root / "benchmarks", allow_partial=True)
-  source = shards.load(root / "seed0" / "data")
-  found = domains.between(models, data.gallery, source, num=10_000)
-  path.write_bytes(figures.png(figures.distance_distributions(found)))
+  compared = domains.compare(
+    models,
+    data.gallery,
+    shards.load(root / "seed0" / "data"),
+    names=("a street picture", "a picture of a generated person"),
+  )
+  figure = figures.distance_distributions(compared.distances)
+  path.write_bytes(figures.png(figure))
+  return compared.caption
 
 
 def main() -> None:
@@ -335,6 +351,7 @@ def main() -> None:
   root = pathlib.Path(args.workdir).absolute()
   networks = demo.networks()
   scores = held(networks)
+  caption = json.loads(_JSON.read_text())["distances"] if scores else ""
   for seed in range(args.seeds):
     asked = [FROZEN, *RUNS] if seed == 0 else list(RUNS)
     missing = [name for name in asked if str(seed) not in scores.get(name, {})]
@@ -346,11 +363,16 @@ def main() -> None:
         "people": demo.PEOPLE,
         "views": _VIEWS,
         "networks": networks,
+        "distances": caption,  # Of the picture as it lies there.
         "scores": scores,
       }
       run_lib.write_json(_JSON, results)
-  if _folder(root, 0, "e").exists():
-    _draw_distances(root, _DOCS / "paperdoll_distances.png")
+  if all(_folder(root, 0, name).exists() for name in ("a", "e")):
+    results = json.loads(_JSON.read_text())
+    picture = _DOCS / "paperdoll_distances.png"
+    run_lib.write_json(
+      _JSON, results | {"distances": _draw_distances(root, picture)}
+    )
   text = page(json.loads(_JSON.read_text()))
   (_DOCS / "paperdoll_results.md").write_text(text)
   print(text)

@@ -35,8 +35,8 @@ def define_flags():
   text = flags.DEFINE_string
   text("endpoint", None, "Base URL of an OpenAI-compatible API.", required=True)
   text("model", None, "Name of the model there.", required=True)
-  text("out", None, "Vocabulary file to write.", required=True)
-  text("vocabulary", str(vocabulary.PATH), "Vocabulary file to begin with.")
+  cli.path("out", None, "Vocabulary file to write.", required=True)
+  cli.path("vocabulary", str(vocabulary.PATH), "Vocabulary file to begin with.")
   text("api_key_env", "OPENAI_API_KEY", "Variable that holds the key, if any.")
   flags.DEFINE_multi_enum("ask", list(_QUESTIONS), list(_QUESTIONS), "Lists.")
 

@@ -18,14 +18,17 @@ _SHOWN = 8  # Words of an attribute in the table.
 
 def define_flags():
   """Defines what is looked at, and how much of it is drawn."""
-  flags.DEFINE_string("data_dir", "data", "Folder that holds geneperson/.")
-  flags.DEFINE_string("sheet", "", "Contact sheet to write, a .png.")
+  cli.path("data_dir", "data", "Folder that holds geneperson/.")
+  cli.path("sheet", None, "Contact sheet to write, a .png.")
   flags.DEFINE_integer("rows", 12, "People on the sheet.", lower_bound=1)
   flags.DEFINE_integer("columns", 12, "Pictures of each.", lower_bound=1)
 
 
 def main(args) -> None:
   """Prints counts and a table of words; raises where a picture is broken."""
+  if args.sheet is None:
+    why = "it is of the contact sheet that --sheet asks for"
+    cli.refuse_idle(args, {"rows": why, "columns": why})
   held = shards.load(args.data_dir, verify=True)
   print(f"{held.folder}: every CRC is right")
   words = collections.defaultdict(collections.Counter)

@@ -3,11 +3,11 @@ r"""Writes what the paper dolls can wear as a vocabulary of stage A.
 python data_tools/mini_vocabulary.py [--out FILE]
 """
 
-import pathlib
 import sys
 
 from absl import app, flags
 
+from dppp_jax import paths
 from dppp_jax.paperdoll import lexicon
 
 _OUT = flags.DEFINE_string("out", str(lexicon.PATH), "File to write.")
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     print(f"error: {argv[1]!r}: not a flag; see --help", file=sys.stderr)
     sys.exit(2)
-  pathlib.Path(_OUT.value).write_text(lexicon.text(), encoding="utf-8")
+  paths.expand(_OUT.value).write_text(lexicon.text(), encoding="utf-8")
   print(_OUT.value)
 
 

@@ -13,14 +13,17 @@ from dppp_jax.paperdoll import benchmark
 
 def define_flags():
   """Defines what is drawn, how much of it, and where to."""
-  number, layouts = flags.DEFINE_integer, [*benchmark.FOLDERS, "both"]
-  flags.DEFINE_string("out", None, "Folder to write into.", required=True)
+  layouts = [*benchmark.FOLDERS, "both"]
+  cli.path("out", None, "Folder to write into.", required=True)
   flags.DEFINE_enum("layout", "both", layouts, "Which benchmark.")
-  number("train_ids", 50, "Training identities.")
-  number("test_ids", 100, "Test identities.")
-  number("images_per_camera", 3, "Pictures of one identity before one camera.")
-  number("distractors", 60, "Gallery pictures of nobody that is asked for.")
-  number("seed", 0, "Seed of the drawn world.")
+  for name, default, least, text in (
+    ("train_ids", 50, 1, "Training identities."),
+    ("test_ids", 100, 1, "Test identities."),
+    ("images_per_camera", 3, 1, "Pictures of an identity before one camera."),
+    ("distractors", 60, 0, "Gallery pictures of nobody that is asked for."),
+    ("seed", 0, 0, "Seed of the drawn world."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=least)
   flags.DEFINE_integer(
     "num_processes",
     min(8, os.cpu_count() or 1),

@@ -3,16 +3,17 @@ r"""Draws the contact sheets of the paper-doll world.
 python data_tools/paperdoll_sheets.py --out docs
 """
 
-import pathlib
-
 from absl import app, flags
 import numpy as np
 import PIL.Image
 
+from dppp_jax import paths
 from dppp_jax.paperdoll import cameras, world
 
 _OUT = flags.DEFINE_string("out", "docs", "Folder of the two PNG files.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn world.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the drawn world.", lower_bound=0
+)
 _GAP = 4
 
 
@@ -63,7 +64,7 @@ def _sheet(rows: list[list[np.ndarray]]) -> np.ndarray:
 def main(argv: list[str]) -> None:
   """Writes both sheets."""
   del argv
-  out = pathlib.Path(_OUT.value)
+  out = paths.expand(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   for name, sheet in (
     ("paperdoll_studio.png", studio(_SEED.value)),

@@ -5,6 +5,7 @@ Only the comparison of the models is done here.
 """
 
 from collections.abc import Mapping, Sequence
+import functools
 import json
 import os
 import pathlib
@@ -182,11 +183,12 @@ def _evaluate(workdir, drawn):
   size = tuple(
     json.loads((workdir / "extractor.json").read_text())["image_size"]
   )
+  load = functools.partial(extractor.load_extractor, dtype="float32")
   models = {
-    _MODELS[0]: extractor.load_extractor(MINI_CLIP, image_size=size),
+    _MODELS[0]: load(MINI_CLIP, image_size=size),
     # PSD leaves the encoder as PTL made it: one checkpoint holds both.
-    _MODELS[1]: extractor.load_extractor(workdir, feature="projected"),
-    _MODELS[2]: extractor.load_extractor(workdir, feature="content"),
+    _MODELS[1]: load(workdir, feature="projected"),
+    _MODELS[2]: load(workdir, feature="content"),
   }
   evaluations = {name: {} for name in models}
   for title in _BENCHMARKS:
@@ -270,12 +272,14 @@ def _results(folder, models, evaluations, *, header, rows):
       body += report.figure(picture, f"{which} queries by AP, {_MODELS[-1]}")
     sections.append(report.Section(f"Ranked lists, {title}", body))
   shown = {k: models[k] for k in (_MODELS[0], _MODELS[-1])}
-  found = domains.between(shown, final["market1501"].gallery, source, num=2_000)
-  body = report.figure(
-    figures.png(figures.distance_distributions(found)),
-    "Distances of street and invented people, the same pairs for both models",
+  compared = domains.compare(
+    shown,
+    final["market1501"].gallery,
+    source,
+    names=("a street picture", "a picture of an invented person"),
+    num=2_000,
   )
-  sections.append(report.Section("Between the domains", body))
+  sections.append(report.distance_section("Between the domains", compared))
   return sections
 
 

@@ -12,18 +12,21 @@ from dppp_jax.evals import spec as spec_lib
 
 def define_flags():
   """Defines what is exported, and where to."""
-  text = flags.DEFINE_string
-  text("workdir", None, "Run folder of launch/train.py.")
-  text("model", None, "Or: a CLIP folder or a hub id of one.")
-  flags.DEFINE_integer("step", None, "Checkpoint of the run; newest if unset.")
+  cli.path("workdir", None, "Run folder of launch/train.py.")
+  cli.path("model", None, "Or: a CLIP folder or a hub id of one.")
+  flags.DEFINE_integer(
+    "step", None, "Checkpoint of the run; newest if unset.", lower_bound=0
+  )
   flags.DEFINE_enum("feature", None, spec_lib.FEATURES, "The model's if unset.")
-  text("out", None, "Folder to write; must not exist.", required=True)
+  cli.path("out", None, "Folder to write; must not exist.", required=True)
 
 
 def main(args) -> None:
   """Writes the folder and says how to use it."""
   if (args.workdir is None) == (args.model is None):
     raise errors.UserError("give one of --workdir and --model")
+  if args.workdir is None:
+    cli.refuse_idle(args, {"step": "a CLIP has no checkpoints"})
   model = extractor.load_extractor(
     args.workdir or args.model, feature=args.feature, step=args.step
   )

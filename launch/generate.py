@@ -10,12 +10,12 @@ import os
 from absl import flags
 
 from dppp_jax import cli, generation
-from dppp_jax.geneperson import pipeline, store
+from dppp_jax.geneperson import idle, pipeline, store
 
 
 def define_flags():
   """Defines where the dataset goes, and who makes which part of it."""
-  flags.DEFINE_string("data_dir", "data", "Folder that tfds.load looks into.")
+  cli.path("data_dir", "data", "Folder that tfds.load looks into.")
   flags.DEFINE_string(
     "shard",
     "0/1",
@@ -28,12 +28,16 @@ def define_flags():
     lower_bound=0,
   )
   flags.DEFINE_integer(
-    "sheet_every", 100, "People between two contact sheets; 0 for none."
+    "sheet_every",
+    100,
+    "People between two contact sheets; 0 for none.",
+    lower_bound=0,
   )
 
 
 def main(args) -> int:
   """Feeds the store with people, and says where the dataset lies."""
+  cli.refuse_idle(args, idle.keys(args.config.to_dict()))
   shard = store.parse_shard(args.shard)
   work = generation.build(args.config.to_dict(), data_dir=args.data_dir)
   outcome = pipeline.run(

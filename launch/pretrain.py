@@ -6,21 +6,18 @@ Each network has a configuration of its own, configs/pretrain_*.py; `make
 pretrain` trains all of them in order.
 """
 
-from absl import flags
-
 from dppp_jax import cli
 from dppp_jax.pretraining import methods
 
 
 def define_flags():
   """Defines what a pre-training needs beside its config."""
-  flags.DEFINE_string(
-    "workdir", None, "Run folder; run again to resume.", required=True
-  )
+  cli.path("workdir", None, "Run folder; run again to resume.", required=True)
 
 
 def main(args) -> int:
   """Trains, and says where the network lies."""
+  cli.refuse_idle(args, methods.idle(args.config.to_dict()))
   folder = methods.train(args.config.to_dict(), args.workdir)
   if folder is None:
     print(f"stopped; run the same command again to go on in {args.workdir}")

@@ -6,19 +6,18 @@ python launch/train.py --config configs/dppp.py:mini --workdir runs/mini
 Run the same command again to go on where a run was stopped or killed.
 """
 
-from absl import flags
-
 from dppp_jax import cli, process, training
 
 
 def define_flags():
   """Defines what a training needs beside its config."""
-  flags.DEFINE_string("data_dir", "data", "Folder of the dataset.")
-  flags.DEFINE_string("workdir", None, "Run folder.", required=True)
+  cli.path("data_dir", "data", "Folder of the dataset.")
+  cli.path("workdir", None, "Run folder.", required=True)
 
 
 def main(args) -> int:
   """Trains, and says how to evaluate."""
+  cli.refuse_idle(args, training.idle(args.config.to_dict()))
   outcome = training.train(
     args.config.to_dict(), data_dir=args.data_dir, workdir=args.workdir
   )

@@ -166,8 +166,33 @@ def test_curves_hold_the_data():
   np.testing.assert_array_equal(axes.lines[0].get_ydata(), [3, 2, 1])
 
 
+def compared(**distances):
+  """Returns a comparison of models that are called as their distances are."""
+  about = {
+    "model": "a run",
+    "feature": "projected",
+    "image_size": [8, 4],
+    "dtype": "float32",
+  }
+  return domains.Comparison(
+    distances=distances,
+    models=dict.fromkeys(distances, about),
+    target="a Market image",
+    source="a training image",
+  )
+
+
+def test_caption_says_what_was_compared():
+  values = np.linspace(0.8, 1.2, 50)
+  found = compared(before=values, after=values)
+  assert "50 uniform pairs of a Market image and a training" in found.caption
+  for label in ("before", "after"):
+    assert f"{label}: feature projected of 8 x 4 pixels" in found.caption
+  assert found.caption in report.distance_section("Fig. 6", found).body
+
+
 def test_report_is_self_contained(evaluation, tmp_path):
-  pairs = {"Market <1501>": {"v_g": np.linspace(0.8, 1.2, 50)}}
+  pairs = {"Market <1501>": compared(v_g=np.linspace(0.8, 1.2, 50))}
   sections = report.evaluation_sections([evaluation], distances=pairs)
   sections.append(
     report.Section("Extra & more", report.paragraph("1 < 2 & so on"))
@@ -212,7 +237,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
 
 
 def test_json_of_results(evaluation):
-  distances = {"Market": {"v_g": np.array([1.0, 3.0])}}
+  distances = {"Market": compared(v_g=np.array([1.0, 3.0]))}
   values = report.results([evaluation], distances=distances)
   json.dumps(values, allow_nan=False)
   (first,) = values["evaluations"]
@@ -223,4 +248,8 @@ def test_json_of_results(evaluation):
     "mean": 2.0,
     "std": 1.0,
     "pairs": 2,
+    "model": "a run",
+    "feature": "projected",
+    "image_size": [8, 4],
+    "dtype": "float32",
   }

@@ -34,7 +34,9 @@ def test_small_tables_say_what_holds_in_every_seed():
   scores["a"] = _scores("a", 0.1, 0.2)  # Below b in both seeds.
   scores["e"] = _scores("e", 0.7, 0.55)  # Above c once, below it once.
   scores["k24"] = _scores("k24", 0.9, 0.9, 0.1)  # Above e in both seeds.
-  text = paperdoll_results.page({"scores": scores, "people": 3, "views": 6})
+  text = paperdoll_results.page(
+    {"scores": scores, "people": 3, "views": 6, "distances": "Of two models."}
+  )
   row = lambda start: next(x for x in text.splitlines() if start in x)
   assert "| +40.0 ± 0.0 | +40.0 ± 0.0 | holds |" in row("IV b over a")
   assert "| open: better 2 of 4 times |" in row("IV e over c")

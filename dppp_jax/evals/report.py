@@ -16,10 +16,8 @@ import os
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from dppp_jax import errors
-from dppp_jax.evals import benchmark, figures
+from dppp_jax.evals import benchmark, domains, figures
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -180,21 +178,13 @@ def refuse_existing(*paths: pathlib.Path, overwrite: bool = False) -> None:
 def results(
   evaluations: Sequence[benchmark.Evaluation],
   *,
-  distances: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+  distances: Mapping[str, domains.Comparison] | None = None,
 ) -> dict[str, Any]:
   """Returns what evaluation.json says; arguments as `evaluation_sections`."""
   values = {"evaluations": [each.to_json() for each in evaluations]}
   if distances:
     values["domain_distances"] = {
-      title: {
-        label: {
-          "mean": float(found.mean()),
-          "std": float(found.std()),
-          "pairs": len(found),
-        }
-        for label, found in by_model.items()
-      }
-      for title, by_model in distances.items()
+      title: compared.to_json() for title, compared in distances.items()
     }
   return values
 
@@ -202,14 +192,14 @@ def results(
 def evaluation_sections(
   evaluations: Sequence[benchmark.Evaluation],
   *,
-  distances: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+  distances: Mapping[str, domains.Comparison] | None = None,
 ) -> list[Section]:
   """Returns the sections that every evaluation has.
 
   Args:
     evaluations: one for each benchmark.
-    distances: title of a benchmark -> label of a model -> distances [num] of
-      cross-domain pairs (`domains.between`), or None.
+    distances: title of a benchmark -> models compared on pairs of it and the
+      training domain, or None.
   """
   curves = {}
   for evaluation in evaluations:
@@ -229,14 +219,8 @@ def evaluation_sections(
       ),
     ),
   ]
-  for title, by_model in (distances or {}).items():
-    first = next(iter(by_model.values()))
-    image = figures.png(figures.distance_distributions(by_model))
-    caption = (
-      f"{len(first):,} uniform pairs of a {title} image and a training image,"
-      " the same for all models. The dashed lines are the means."
-    )
-    parts.append(Section(f"Distance to {title}", figure(image, caption)))
+  for title, compared in (distances or {}).items():
+    parts.append(distance_section(f"Distance to {title}", compared))
   for evaluation in evaluations:
     body = ""
     for which in ("best", "worst"):
@@ -252,6 +236,12 @@ def evaluation_sections(
     name = f"How it was measured, {evaluation.benchmark.title}"
     parts.append(Section(name, facts(_readable(evaluation))))
   return parts
+
+
+def distance_section(title: str, compared: domains.Comparison) -> Section:
+  """Returns the paper's Fig. 6 with what was compared below it."""
+  image = figures.png(figures.distance_distributions(compared.distances))
+  return Section(title, figure(image, compared.caption))
 
 
 def _readable(evaluation: benchmark.Evaluation) -> dict[str, str]:
