@@ -101,7 +101,7 @@ def compile_program(
   if before is not None and before.get("lowered") == digest:
     return before
   traced, cpu = time.perf_counter(), time.process_time()
-  compiled = lowered.compile()
+  compiled = lowered.compile(compiler_options=dict(program.options) or None)
   ended = time.perf_counter()
   text = compiled.as_text()
   if hlo is not None:
@@ -267,6 +267,7 @@ def table(kept: dict[str, Any]) -> str:
     wide = facts["wide_share"] * total
     gigabytes = lambda key, facts=facts: f"{facts[key] / 1e9:.2f}"
     unit = "" if program.unit == "a call" else f", {program.unit}"
+    unit += "; without Triton's products" if program.options else ""
     rows.append(
       [
         f"`{program.name}`",

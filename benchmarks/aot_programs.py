@@ -45,6 +45,10 @@ _STEPS = 30
 _TABLE = 64  # Rows of the step table, of which the first 30 count.
 _PICTURES = 130_519  # Of GenePerson in the paper.
 
+# XLA puts the products of q, k and v together, and finds no tile for what comes
+# out ("Couldn't find output tile sizes"). With a device it would try several.
+_NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
+
 _TINY_CLIP = clip.Config(
   vision=clip.VisionConfig(
     hidden_size=16,
@@ -144,6 +148,7 @@ class Program:
     attentions: of cuDNN, in one round of loops of unknown length.
     wide: share of the FLOP that may be float32; None where all are.
     unit: what its FLOP and bytes are of.
+    options: of XLA, where it does not compile without a device otherwise.
   """
 
   name: str
@@ -153,6 +158,7 @@ class Program:
   attentions: int = 0
   wide: float | None = 0.01
   unit: str = "a call"
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def shape(dims: Sequence[int], dtype: Any = jnp.float32) -> Any:
@@ -163,6 +169,18 @@ def shape(dims: Sequence[int], dtype: Any = jnp.float32) -> Any:
 def nbytes(tree: Any) -> int:
   """Returns the bytes of all arrays of a tree."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def random_params(shapes: Any) -> Any:
+  """Returns parameters of given shapes; norms are near the identity."""
+  rng = np.random.default_rng(0)
+  return trees.unflatten(
+    {
+      name: 0.02 * rng.standard_normal(x.shape, np.float32)
+      + np.float32(name.endswith("scale"))
+      for name, x in trees.flatten(shapes).items()
+    }
+  )
 
 
 def config(name: str, arg: str = "") -> dict[str, Any]:
@@ -220,34 +238,40 @@ def _begun(stage: stage_lib.Stage) -> tuple[Any, Any]:
   return jax.eval_shape(begin, jax.random.key(0))
 
 
-def _paper(tiny: bool, *, name: str, placement: str = "device") -> Job:
-  """Returns a step of PTL or PSD at the paper's sizes."""
+def paper_setting(tiny: bool) -> ptl.Setting:
+  """Returns the sizes of configs/dppp.py, for a GPU."""
   given = config("dppp")
   options, net = dppp.Options(**given["dppp"]), clip.VARIANTS["ViT-B/16"]
-  size, rows, people = given["data"]["image_size"], _PICTURES, 6641
   P, K = given["train"]["P"], given["train"]["K"]
-  if tiny:
-    net, size, rows, people, P, K = _TINY_CLIP, (32, 16), 9, 5, 2, 2
-    options = dataclasses.replace(
-      options,
-      num_styles=4,
-      num_selected=2,
-      style_hidden=16,
-      content_hidden=16,
-      projector_hidden=16,
-    )
-  setting = ptl.Setting(net, tuple(size), P, K, people, options, True)
-  augment = transforms.Augment(**given["augment"])
+  if not tiny:
+    size = tuple(given["data"]["image_size"])
+    return ptl.Setting(net, size, P, K, 6641, options, True)
+  options = dataclasses.replace(
+    options,
+    num_styles=4,
+    num_selected=2,
+    style_hidden=16,
+    content_hidden=16,
+    projector_hidden=16,
+  )
+  return ptl.Setting(_TINY_CLIP, (32, 16), 2, 2, 5, options, True)
+
+
+def _paper(tiny: bool, *, name: str, placement: str = "device") -> Job:
+  """Returns a step of PTL or PSD at the paper's sizes."""
+  setting, rows = paper_setting(tiny), 9 if tiny else _PICTURES
+  size, net = setting.image_size, setting.config
+  augment = transforms.Augment(**config("dppp")["augment"])
 
   def stages(params: Any) -> list[stage_lib.Stage]:
     return dppp.stages(
       net,
       params,
       setting.tokenizer,
-      num_classes=people,
-      batches=stage_lib.PK(P, K),
+      num_classes=setting.num_classes,
+      batches=stage_lib.PK(setting.P, setting.K),
       augment=augment,
-      options=options,
+      options=setting.options,
       dtype=jnp.bfloat16,
     )
 
@@ -261,7 +285,7 @@ def _paper(tiny: bool, *, name: str, placement: str = "device") -> Job:
 
   begun = jax.eval_shape(begin, clip.param_shapes(net), jax.random.key(0))
   lies = {"image": shape((rows, *size, 3), jnp.uint8)}
-  comes = {"image": shape((P * K, *size, 3), jnp.uint8)}
+  comes = {"image": shape((setting.batch_size, *size, 3), jnp.uint8)}
   parts = {"dataset": lies} if placement == "device" else {"feed": comes}
   return _train(stages(None)[number], begun, rows=rows, **parts)
 
@@ -388,9 +412,7 @@ def extractor(tiny: bool, *, dtype: str) -> Job:
 def _export(tiny: bool) -> Job:
   """Returns the exported program, read back, for 64 pictures."""
   spec = _spec(tiny)
-  rng = np.random.default_rng(0)
-  draw = lambda x: 0.02 * rng.standard_normal(x.shape, np.float32)
-  params = jax.tree.map(draw, extractor_lib.param_shapes(spec))
+  params = random_params(extractor_lib.param_shapes(spec))
   exported = jax.export.deserialize(
     bytearray(export.program(extractor_lib.Extractor(spec, params)))
   )
@@ -530,6 +552,7 @@ def programs() -> tuple[Program, ...]:
       build=_export,
       peak=0.7,
       wide=None,
+      options=_NO_TRITON,
     ),
     *(
       Program(

@@ -13,7 +13,6 @@ each of them.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -33,6 +32,13 @@ _SECTIONS = {
   "ptl": 180,
   "canvas": 300,
 }
+# Queries, keys, causal: towers of CLIP at odd and even lengths, a UNet's.
+_ATTENTIONS = (
+  (129, 129, False),
+  (128, 128, False),
+  (77, 77, True),
+  (36, 77, False),
+)
 # Of those that are benchmarks of their own: their arguments, tiny ones last.
 _SCRIPTS = {
   "ptl": (
@@ -148,9 +154,7 @@ def _attention(tiny: bool) -> dict[str, Any]:
 
   heads, d, examples = (2, 8, 2) if tiny else (12, 64, 64)
   found = {}
-  for n, m, causal in (
-    (129, 129, False), (128, 128, False), (77, 77, True), (36, 77, False),
-  ):  # fmt: skip
+  for n, m, causal in _ATTENTIONS:
     rng = np.random.default_rng(n)
     draw = lambda rows, rng=rng: rng.standard_normal(
       (examples, rows, heads, d), np.float32
@@ -180,9 +184,7 @@ def _features(tiny: bool) -> dict[str, Any]:
   rng = np.random.default_rng(0)
   job = aot_programs.extractor(tiny, dtype="bfloat16")
   wide = aot_programs.extractor(tiny, dtype="float32")
-  params = jax.tree.map(
-    lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), job.args[0]
-  )
+  params = aot_programs.random_params(job.args[0])
   images = rng.integers(0, 256, job.args[1].shape, np.uint8)
   with jax.default_matmul_precision("highest"):
     wanted = np.asarray(jax.jit(wide.function)(params, images))
@@ -193,11 +195,10 @@ def _features(tiny: bool) -> dict[str, Any]:
 
 def _loss(tiny: bool) -> dict[str, Any]:
   """Loss and gradient norm of the first PTL step, both dtypes."""
+  import aot_programs
   import ptl
 
-  setting = ptl.settings(gpu=not tiny)["mini" if tiny else "vit-b-16"]
-  if tiny:
-    setting = dataclasses.replace(setting, P=2, K=2)
+  setting = aot_programs.paper_setting(tiny)
   found = {}
   for name in ("float32", "bfloat16"):
     with tempfile.TemporaryDirectory() as scratch:
