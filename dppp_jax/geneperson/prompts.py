@@ -39,6 +39,11 @@ NEGATIVE_BACKGROUND = "person, people, crowd, text, watermark, blurry, lowres"
 _ROUNDS = 6
 _TRIES = 100
 _NONE = vocabularies.NONE
+# Attributes that are chosen together, so that no rule among them objects.
+_ASKED = (
+  ("gender", *vocabularies.OUTFIT),
+  ("gender", *outfits.HAIR),
+)
 _PARTS = ("upper", "lower", "footwear")
 
 
@@ -142,7 +147,7 @@ class People:
       for key in others:
         values = known.values(key, place.gender)
         words[key] = values[int(rng.integers(len(values)))]
-      if known.objection(words) is None:
+      if known.objection(words, asked=_ASKED) is None:
         order = ("gender", *vocabularies.OUTFIT, *known.keys)
         return Person(pid, known.bare({key: words[key] for key in order}))
     raise errors.UserError(

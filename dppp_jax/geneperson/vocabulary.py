@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,41 @@ _MAX_CHARS, _MAX_WORDS = 40, 5
 _PHRASES = ("place", "lighting")
 
 
+class _Rule(NamedTuple):
+  """Where all of `when` hold, `only` and `never` must; sets of words by name.
+
+  A name is that of an attribute or of its kind.
+  """
+
+  when: Mapping[str, frozenset[str]]
+  only: Mapping[str, frozenset[str]]
+  never: Mapping[str, frozenset[str]]
+
+  @property
+  def names(self) -> frozenset[str]:
+    """All that it speaks of."""
+    return frozenset().union(*self)
+
+  def without(self, names: Iterable[str]) -> "_Rule":
+    """Returns what it says of other names."""
+    return _Rule(
+      *({k: v for k, v in part.items() if k not in names} for part in self)
+    )
+
+  def holds(self, known: Mapping[str, str]) -> bool:
+    """Whether its condition is met."""
+    return all(known.get(name) in words for name, words in self.when.items())
+
+  def is_broken(self, known: Mapping[str, str]) -> bool:
+    """Whether known words break it, should its condition be met."""
+    return any(
+      known.get(name) in words for name, words in self.never.items()
+    ) or any(
+      name in known and known[name] not in words
+      for name, words in self.only.items()
+    )
+
+
 class Vocabulary:
   """Lists of words, and rules about which do not go together.
 
@@ -63,18 +98,20 @@ class Vocabulary:
     self.keys = (*EXTRAS, *(key for key in _OPTIONAL if key in raw))
     self._kinds = _kinds(raw)
     self._rules = [
-      tuple(
-        {key: frozenset(words) for key, words in rule.get(part, {}).items()}
-        for part in _PARTS
+      _Rule(
+        *(
+          {key: frozenset(words) for key, words in rule.get(part, {}).items()}
+          for part in _PARTS
+        )
       )
       for rule in raw["rules"]
     ]
     self._lacking = [
-      (parts[0], frozenset(rule["none"]))
-      for rule, parts in zip(raw["rules"], self._rules, strict=True)
-      if "none" in rule
+      (rule, frozenset(said["none"]))
+      for rule, said in zip(self._rules, raw["rules"], strict=True)
+      if "none" in said
     ]
-    self._about: dict[tuple[str, ...], list[int]] = {}
+    self._about: dict[Any, list[Any]] = {}
     self._masks: dict[Any, np.ndarray] = {}
 
   def values(self, key: str, gender: str | None = None) -> tuple[str, ...]:
@@ -89,30 +126,31 @@ class Vocabulary:
       dict.fromkeys(word for part in words.values() for word in part)
     )
 
-  def objection(self, words: Mapping[str, str]) -> str | None:
+  def objection(
+    self,
+    words: Mapping[str, str],
+    *,
+    asked: Sequence[Sequence[str]] = (),
+  ) -> str | None:
     """Says why a combination is implausible, or None.
 
     Args:
       words: {attribute: word}; a rule about an absent attribute is silent.
+      asked: groups of attributes that were chosen by `plausible`: a rule that
+        speaks of one group alone is not asked again.
     """
-    known = self._with_kinds(words)
-    for rule, (when, only, never) in zip(
-      self.raw["rules"], self._rules, strict=True
-    ):
-      if not _holds(when, known):
-        continue
-      if any(known.get(key) in values for key, values in never.items()) or any(
-        key in known and known[key] not in values
-        for key, values in only.items()
-      ):
-        return rule["why"]
+    rules = self._beyond(tuple(map(tuple, asked)))
+    known = self._with_kinds(words) if rules else {}
+    for i in rules:
+      if self._rules[i].holds(known) and self._rules[i].is_broken(known):
+        return self.raw["rules"][i]["why"]
     return None
 
   def bare(self, words: Mapping[str, str]) -> dict[str, str]:
     """Returns the words, NONE for what a rule says that somebody has not."""
     known, bare = self._with_kinds(words), dict(words)
-    for when, lacking in self._lacking:
-      if _holds(when, known):
+    for rule, lacking in self._lacking:
+      if rule.holds(known):
         bare |= dict.fromkeys(lacking & words.keys(), NONE)
     return bare
 
@@ -133,34 +171,38 @@ class Vocabulary:
     Returns:
       bool [n, ...] in the order of `values` of each key. Do not write to it.
     """
-    told = self._with_kinds(known)
-    names = {name for key in keys for name in (key, key + _KIND)}
-    open_rules = []
-    for i in self._speaking(keys):
-      when, only, never = self._rules[i]
-      if any(told.get(k) not in when[k] for k in when.keys() - names):
-        continue
-      # Whether what is known breaks the rule, should its condition hold.
-      is_broken = any(
-        told.get(k) in never[k] for k in never.keys() - names
-      ) or any(told[k] not in only[k] for k in only.keys() - names if k in told)
-      open_rules.append((i, is_broken))
-    case = (tuple(keys), gender, tuple(open_rules))
+    speaking = self._speaking(tuple(keys))
+    told = self._with_kinds(known) if speaking else {}
+    # Whether what is known breaks a rule, should its condition hold.
+    open_rules = tuple(
+      (i, rule.is_broken(told)) for i, rule in speaking if rule.holds(told)
+    )
+    case = (tuple(keys), gender, open_rules)
     if case not in self._masks:
       self._masks[case] = self._mask(keys, gender, open_rules)
     return self._masks[case]
 
-  def _speaking(self, keys: Sequence[str]) -> list[int]:
-    """Returns which rules speak of some attributes."""
-    keys = tuple(keys)
+  def _speaking(self, keys: tuple[str, ...]) -> list[tuple[int, "_Rule"]]:
+    """Returns the rules that speak of some attributes: what else they say."""
     if keys not in self._about:
-      names = {name for key in keys for name in (key, key + _KIND)}
+      names = _names(keys)
       self._about[keys] = [
-        i
-        for i, parts in enumerate(self._rules)
-        if any(names & part.keys() for part in parts)
+        (i, rule.without(names))
+        for i, rule in enumerate(self._rules)
+        if rule.names & names
       ]
     return self._about[keys]
+
+  def _beyond(self, groups: tuple[tuple[str, ...], ...]) -> list[int]:
+    """Returns which rules do not speak of one group (and the gender) alone."""
+    if groups not in self._about:
+      alone = [_names(keys) for keys in groups]
+      self._about[groups] = [
+        i
+        for i, rule in enumerate(self._rules)
+        if not any(set() < rule.names - {"gender"} <= names for names in alone)
+      ]
+    return self._about[groups]
 
   def _mask(
     self, keys: Sequence[str], gender: str | None, open_rules: Sequence[Any]
@@ -174,12 +216,11 @@ class Vocabulary:
       shape[axis] = -1
       return np.array([kind in allowed for kind in kinds]).reshape(shape)
 
-    names = {name for key in keys for name in (key, key + _KIND)}
+    names = _names(keys)
     mask = np.ones([len(words) for words in lists], bool)
     for i, is_broken in open_rules:
-      when, only, never = (
-        {k: v for k, v in part.items() if k in names} for part in self._rules[i]
-      )
+      rule = self._rules[i]
+      when, only, never = rule.without(rule.names - names)
       breaks = np.array(is_broken)
       for name, words in never.items():
         breaks = breaks | among(name, words)
@@ -296,11 +337,9 @@ def _bare(word: str) -> str:
   return re.sub(r"[^a-z]", "", word.lower()).removesuffix("s")
 
 
-def _holds(
-  when: Mapping[str, frozenset[str]], known: Mapping[str, str]
-) -> bool:
-  """Whether the condition of a rule is met."""
-  return all(known.get(key) in values for key, values in when.items())
+def _names(keys: Iterable[str]) -> frozenset[str]:
+  """Returns the names by which rules call some attributes."""
+  return frozenset(name for key in keys for name in (key, key + _KIND))
 
 
 def _kind(word: str, kinds: Mapping[str, Sequence[str]]) -> str | None:
