@@ -159,6 +159,50 @@ def test_pose(people):
   assert quality.agreement(line, half) == (xy[:, 0] < 25).mean()
 
 
+def _paint_over(person, rows):
+  """Takes rows of a drawn person away, picture and matte."""
+  image, alpha = person.image.copy(), person.alpha.copy()
+  image[rows] = np.median(image[rows, :3], axis=1, keepdims=True)
+  alpha[rows] = 0
+  return image, alpha
+
+
+def test_a_missing_head_or_missing_legs_are_seen(people):
+  """Most points agree all the same; those of the part do not."""
+  rules = quality.Rules(min_agreement=0.5)
+  for person in people:
+    options = {"rules": rules, "skeletons": [person.keypoints]}
+    assert _one(person.image, person.alpha, **options) is None
+    y = dict(zip(poses.KEYPOINTS, person.keypoints.xy[:, 1], strict=False))
+    neck, knee = int(y["neck"]), int(max(y["right_knee"], y["left_knee"])) - 2
+    for rows in (slice(0, neck), slice(knee, None)):
+      image, alpha = _paint_over(person, rows)
+      inside = alpha > 127
+      assert quality.agreement(person.keypoints, inside) > 0.5
+      assert quality.least_agreement(person.keypoints, inside) <= 0.5
+  options["rules"] = quality.Rules(min_agreement=0.51)
+  assert _one(image, alpha, **options) == "pose"
+
+
+def test_least_agreement_by_hand():
+  """Matte on the left half: of the head, the legs and all by columns."""
+  half = np.zeros(SIZE, bool)
+  half[:, :24] = True
+  xy = np.full((18, 2), 10.0)
+  head = [poses.INDEX[n] for n in ("nose", "right_eye", "left_eye")]
+  xy[head[:2], 0] = 40.0
+  visible = np.ones(18, bool)
+  visible[[poses.INDEX["right_ear"], poses.INDEX["left_ear"]]] = False
+  points = poses.Keypoints(xy, np.zeros(18), visible)
+  assert quality.least_agreement(points, half) == 1 / 3
+  visible[head] = False  # Of the head nothing is asked.
+  xy[poses.INDEX["left_ankle"], 0] = 40.0
+  assert quality.least_agreement(points, half) == 3 / 4
+  nothing = dataclasses.replace(points, visible=np.zeros(18, bool))
+  assert quality.least_agreement(nothing, half) == 0
+  assert quality.agreement(nothing, half) == 0
+
+
 def test_refuses_what_cannot_be_judged(people):
   cells, alpha = _cells(people[:2])
   with pytest.raises(errors.UserError, match="no skeletons"):

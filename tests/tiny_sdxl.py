@@ -42,7 +42,7 @@ NO_RULES = tuple(
   f"--config.rules.{name}=-1"
   for name in (
     *("min_peak", "min_area", "max_area", "max_second", "max_border"),
-    *("max_feet", "min_sharpness", "min_difference"),
+    *("max_feet", "min_sharpness", "min_agreement", "min_difference"),
   )
 )
 _WIDTHS = (16, 32)

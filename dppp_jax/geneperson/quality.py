@@ -20,6 +20,13 @@ Reason = Literal[
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 _INSIDE = 0.5  # Alpha from which a pixel is the person's.
+_NAMES = poses.KEYPOINTS
+# All points; those of the head; knees and ankles.
+_PARTS = (
+  np.ones(len(_NAMES), bool),
+  np.array([name.endswith(("nose", "eye", "ear")) for name in _NAMES]),
+  np.array([name.endswith(("knee", "ankle")) for name in _NAMES]),
+)
 _THUMBNAIL = (32, 16)  # (height, width) at which cells are compared.
 
 
@@ -38,8 +45,9 @@ class Rules:
     max_feet: likewise of the lower border, where feet may stand.
     min_sharpness: see `sharpness`, else "blurred".
     min_agreement: share of the skeleton's visible points that lie in the
-      matte, else "pose"; off by default, as it drops what is well drawn in
-      another pose.
+      matte, of all points, of the head's and of the legs' the least, else
+      "pose": a head or legs are missing, or stand elsewhere. Off where cells
+      have no skeletons.
     min_difference: mean difference of thumbnails, 0..255, from every earlier
       cell that is kept, else "duplicate".
   """
@@ -135,7 +143,7 @@ def _judge(
   if breaks_below(sharpness(cell, inside), rules.min_sharpness):
     return "blurred"
   if skeleton is not None and breaks_below(
-    agreement(skeleton, inside), rules.min_agreement
+    least_agreement(skeleton, inside), rules.min_agreement
   ):
     return "pose"
   return None
@@ -165,18 +173,35 @@ def sharpness(cell: np.ndarray, inside: np.ndarray) -> float:
 
 def agreement(skeleton: poses.Keypoints, inside: np.ndarray) -> float:
   """Returns the share of visible points that lie in the matte or beside it."""
+  agreeing = _agreeing(skeleton, inside)[skeleton.visible]
+  return float(agreeing.mean()) if len(agreeing) else 0.0
+
+
+def least_agreement(skeleton: poses.Keypoints, inside: np.ndarray) -> float:
+  """Returns `agreement` of all points, of the head or of the legs: the least.
+
+  A head is five points of eighteen, so that a figure without one agrees in
+  three quarters of its points.
+  """
+  agreeing = _agreeing(skeleton, inside)
+  shares = [
+    float(agreeing[part & skeleton.visible].mean())
+    for part in _PARTS
+    if (part & skeleton.visible).any()
+  ]
+  return min(shares, default=0.0)
+
+
+def _agreeing(skeleton: poses.Keypoints, inside: np.ndarray) -> np.ndarray:
+  """Returns bool [18], which points lie in the matte or beside it."""
   height, width = inside.shape
   reach = max(1, round(0.015 * height))
   size = 2 * reach + 1
   kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
   wide = cv2.dilate(inside.astype(np.uint8), kernel) > 0
-  points = np.floor(skeleton.xy[skeleton.visible]).astype(int)
-  if not len(points):
-    return 0.0
-  x, y = points[:, 0], points[:, 1]
+  x, y = np.floor(skeleton.xy).astype(int).T
   on_cell = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-  found = wide[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
-  return float((on_cell & found).mean())
+  return on_cell & wide[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
 
 
 def _second_piece(inside: np.ndarray) -> float:

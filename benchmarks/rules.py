@@ -1,0 +1,176 @@
+"""How well the rules see a missing head or missing legs, and what they cost.
+
+    python benchmarks/rules.py [--num 96]
+
+The small networks draw canvases in the configuration of :mini. Of each cell the
+head, the shins or the legs are painted over with the paper behind them, and the
+small U2-Net mattes it anew. What all other rules keep is asked for its
+agreement with the skeleton: of all points, and the least of those of all
+points, of the head and of knees and ankles. For bounds on both the result says
+how many whole cells are lost, and how many of each kind of damage are caught.
+
+What these networks draw by themselves is counted, too: a cell whose matte
+covers less than a third of the head, or of the legs, that the drawn figure of
+the same skeleton has there. All cells are like drawings: nothing is said of
+photographs.
+
+Writes benchmarks/results/rules-*.json.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import mini_quality
+import numpy as np
+
+from dppp_jax import cli
+from dppp_jax.geneperson import poses, quality
+from dppp_jax.paperdoll import canvas_corpus
+from dppp_jax.pretraining import readback
+
+_SEED = 12  # Of the drawn world; mini_quality has 11, trainings have 0.
+_BOUNDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+_COVERED = 1 / 3
+_MEASURES = {
+  "all_points": quality.agreement,
+  "least_of_parts": quality.least_agreement,
+}
+_AT = poses.INDEX
+
+
+def bands(points: np.ndarray, height: int) -> dict[str, tuple[int, int]]:
+  """Returns {damage: (first row, end)} of what is painted over in a cell."""
+  row = lambda *names: points[[_AT[name] for name in names], 1]
+  neck = int(row("neck").min())
+  knees = int(row("right_knee", "left_knee").max())
+  hips = int(row("right_hip", "left_hip").mean())
+  return {
+    "no_head": (0, neck),
+    "no_shins": (knees, height),
+    "no_legs": (hips, height),
+  }
+
+
+def painted(cell: np.ndarray, rows: tuple[int, int]) -> np.ndarray:
+  """Returns a cell with the paper of its edges over some rows."""
+  paper = np.median(np.hstack([cell[:, 2:5], cell[:, -5:-2]]), axis=1)
+  changed = cell.copy()
+  changed[slice(*rows)] = paper[slice(*rows), None].astype(np.uint8)
+  return changed
+
+
+def judged(
+  cells: np.ndarray,
+  alphas: np.ndarray,
+  figures: Sequence[poses.Keypoints],
+) -> list[dict[str, float]]:
+  """Returns the measures of the cells that all other rules keep."""
+  rules = quality.Rules(min_agreement=None, min_difference=None)
+  reasons = quality.judge(cells, alphas, rules=rules)
+  return [
+    {name: of(figure, alpha >= 128) for name, of in _MEASURES.items()}
+    for alpha, figure, reason in zip(alphas, figures, reasons, strict=True)
+    if reason is None
+  ]
+
+
+def table(
+  groups: dict[str, list[dict[str, float]]], totals: dict[str, int]
+) -> dict[str, Any]:
+  """Returns for each measure and bound the share of each group that it drops.
+
+  Args:
+    groups: measures of the cells of each kind that the other rules keep.
+    totals: cells of each kind, with those that the other rules drop.
+  """
+  found: dict[str, Any] = {
+    "cells": totals,
+    "dropped_by_other_rules": {
+      name: 1 - len(some) / max(totals[name], 1)
+      for name, some in groups.items()
+    },
+  }
+  for measure in _MEASURES:
+    found[measure] = {
+      str(bound): {
+        name: float(np.mean([one[measure] < bound for one in some]))
+        for name, some in groups.items()
+        if some
+      }
+      for bound in _BOUNDS
+    }
+  return found
+
+
+def main() -> None:
+  """Draws, damages, judges, prints and writes."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--num", type=int, default=96, help="canvases")
+  parser.add_argument("--cache", default=str(cli.ROOT / "runs/canvases"))
+  args = parser.parse_args()
+  drawn = canvas_corpus.draw(
+    args.num, seed=_SEED, split="held_out", with_scenes=False, cache=args.cache
+  )
+  stage = mini_quality.Stage(cli.ROOT / "dppp_jax/assets/mini")
+  cells = readback.cut(stage.canvases(drawn))
+  alphas = stage.mattes(cells)
+  truth = readback.cut(drawn.alphas)
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  points = flat(drawn.keypoints)
+  figures = [
+    poses.Keypoints(
+      xy=one[:, :2].astype(np.float64),
+      depth=np.zeros(len(one)),
+      visible=one[:, 2] > 0,
+    )
+    for one in points
+  ]
+  places = [bands(one, cells.shape[2]) for one in points]
+  kinds = {"whole": (flat(cells), flat(alphas), figures)}
+  for damage in ("no_head", "no_shins", "no_legs"):
+    changed = np.stack(
+      [
+        painted(cell, place[damage])
+        for cell, place in zip(flat(cells), places, strict=True)
+      ]
+    ).reshape(cells.shape)
+    kinds[damage] = (flat(changed), flat(stage.mattes(changed)), figures)
+  # What came out without a head or legs by itself is no whole figure.
+  lacking = {"no_head": [], "no_legs": []}
+  for damage, which in lacking.items():
+    for alpha, goal, place in zip(
+      flat(alphas), flat(truth), places, strict=True
+    ):
+      rows = slice(*place[damage])
+      wanted = goal[rows] >= 128
+      share = (alpha[rows] >= 128)[wanted].mean() if wanted.any() else 1.0
+      which.append(share < _COVERED)
+  is_whole = ~(np.array(lacking["no_head"]) | np.array(lacking["no_legs"]))
+  pick = lambda kind, which: tuple(
+    [part[i] for i in np.flatnonzero(which)] for part in kinds[kind]
+  )
+  kinds["itself_no_head"] = pick("whole", lacking["no_head"])
+  kinds["itself_no_legs"] = pick("whole", lacking["no_legs"])
+  for kind in ("whole", "no_head", "no_shins", "no_legs"):
+    kinds[kind] = pick(kind, is_whole)
+  groups = {
+    name: judged(np.array(some), np.array(mattes), shapes) if len(some) else []
+    for name, (some, mattes, shapes) in kinds.items()
+  }
+  totals = {name: len(some) for name, (some, _, _) in kinds.items()}
+  results = {"num": args.num, "seed": _SEED} | table(groups, totals)
+  rows = [
+    [f"{measure} < {bound}", *(f"{share:.3f}" for share in shares.values())]
+    for measure in _MEASURES
+    for bound, shares in results[measure].items()
+  ]
+  head = ["dropped of", *(name for name, some in groups.items() if some)]
+  print(totals, results["dropped_by_other_rules"])
+  print(common.table(head, rows))
+  print(common.write("rules", results))
+
+
+if __name__ == "__main__":
+  main()
