@@ -390,6 +390,7 @@ def _mistake(capsys, *words):
     (["run.num_threads=-1"], r"run\.num_threads=-1: must be 0 or more"),
     (["sampler.guidance_rescale=-1"], r"guidance_rescale=-1\.0: must be 0 or"),
     (["canvas.line_width=-2"], r"canvas\.line_width=-2: must be 0 or more"),
+    (["canvas.canny=100,1020"], r"canvas\.canny=\(100, 1020\): finds no edge"),
     (["canvas.line_width=16"], r"canvas: line_width=16: lines must be narrow"),
     (["poses.fill=nan"], r"config\.poses\.fill=nan: must be a finite number"),
     (["sampler.guidance=nan"], r"sampler\.guidance=nan: must be a finite"),

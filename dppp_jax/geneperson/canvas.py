@@ -9,7 +9,7 @@ import numpy as np
 from dppp_jax import errors, types
 from dppp_jax.geneperson import poses
 
-_STEP = 4 * 255  # Canny's gradient where white lies beside black.
+STEP = 4 * 255  # Canny's gradient where white lies beside black.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def line_map(
   around = np.ones((3, 3), np.uint8)
   steps = (grey == 255) & (cv2.erode(grey, around) == 0)
   edges[cv2.dilate(steps.astype(np.uint8), around) > 0] = 0
-  if max(low, high) < _STEP:
+  if max(low, high) < STEP:
     edges[steps] = 255
   return np.repeat(edges[..., None], 3, axis=-1)
 

@@ -60,6 +60,11 @@ def numbers(config: Mapping[str, Any]) -> None:
         f"--config.{group}.{key}={values}: write two numbers from {least} on,"
         " once, such as 256,128"
       )
+  if max(thresholds := tuple(config["canvas"]["canny"])) >= canvas.STEP:
+    raise errors.UserError(
+      f"--config.canvas.canny={thresholds}: finds no edge of a black line on"
+      f" white: both must be below {canvas.STEP}"
+    )
   for group, key in (
     ("canvas", "line_width"),
     ("sampler", "guidance_rescale"),

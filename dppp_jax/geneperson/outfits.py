@@ -133,9 +133,10 @@ def balanced(
     )
   mask = vocabulary.plausible(keys, {"gender": gender}, gender=gender)
   weights = balance(mask)[mask]
+  lists = [vocabulary.values(key, gender) for key in keys]
   words = [
-    _nth(vocabulary, keys, mask, number, gender)
-    for number in range(len(weights))
+    {key: some[i] for key, some, i in zip(keys, lists, at, strict=True)}
+    for at in np.argwhere(mask).tolist()
   ]
   return Combinations(tuple(words), weights / weights.sum())
 
