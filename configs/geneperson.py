@@ -65,6 +65,7 @@ def _paper() -> ml_collections.ConfigDict:
   # Folders, files or hub ids.
   config.models = models = ml_collections.ConfigDict()
   models.base = "stabilityai/stable-diffusion-xl-base-1.0"
+  models.vae = ""  # Another VAE than the base's own, or that of one without.
   models.tokenizer = ""  # Folder; for a base in one file that has none beside.
   models.variant = ""  # Which of several precisions, e.g. fp16.
   # Empty: without this ControlNet. Twice the same union: run once.
@@ -106,6 +107,9 @@ def _paper() -> ml_collections.ConfigDict:
   sampler.k_diffusion = True  # ... with the steps of the tools of that name.
   sampler.karras = False
   sampler.spacing = ""  # leading, trailing, linspace, quadratic; the folder's.
+  # What the base predicts, where its files do not say so, or say it wrongly:
+  sampler.prediction_type = ""  # epsilon or v_prediction.
+  sampler.zero_snr = False  # It was trained down to pure noise.
   sampler.steps = 30
   sampler.guidance = 7.0
   sampler.guidance_rescale = 0.0

@@ -306,7 +306,8 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
   Raises:
     errors.UserError: one of them is not there.
   """
-  keys = ("base", "tokenizer", "pose_controlnet", "grid_controlnet", "u2net")
+  keys = ("base", "vae", "tokenizer")
+  keys += ("pose_controlnet", "grid_controlnet", "u2net")
   given = {f"models.{key}": config["models"][key] for key in keys}
   given |= {f"loras.{slot}": config["loras"][slot] for slot in _SLOTS}
   for key, spec in given.items():
@@ -456,8 +457,9 @@ def _told(
   ):
     told[group] = {k: v for k, v in told[group].items() if k != key}
   # As datasets from before these were keys.
-  if not told["sampler"]["spacing"]:
-    del told["sampler"]["spacing"]
+  for key in ("spacing", "prediction_type", "zero_snr"):
+    if not told["sampler"][key]:
+      del told["sampler"][key]
   if told["tries"] == 1:
     del told["tries"], told["min_images"]
   return told

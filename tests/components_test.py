@@ -529,7 +529,10 @@ def test_incomplete_base_is_found_before_reading(
     (dict(base="t"), r"model_index\.json is missing"),
     (dict(base="one_file"), r"did you mean the file .*one_file/m\.safetensors"),
     (dict(base="flux"), "is of a FluxPipeline without a UNet"),
-    (dict(base="sd1_pose.safetensors"), "holds no UNet of Stable Diffusion"),
+    (
+      dict(base="sd1_pose.safetensors"),
+      "is a ControlNet: give a whole checkpoint",
+    ),
     (dict(base="cut.safetensors"), "cut.* is truncated .*: fetch it again"),
     (dict(base="none.safetensors"), r"none\.safetensors does not exist"),
     (dict(variant="fp16"), "xl/unet has no variant 'fp16'"),

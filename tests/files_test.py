@@ -122,9 +122,9 @@ def test_a_wrong_file_is_called_by_its_right_name(tmp_path, said, name):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("said", ["gzip", "web page", "GGUF", "0 bytes"])
+@pytest.mark.parametrize("said", ["gzip", "web page", "GGUF", "a picture"])
 def test_also_under_other_names(tmp_path, said):
-  for name in ("x.ckpt", "x.onnx", "x.gguf"):
+  for name in ("x.ckpt", "x.onnx", "x.gguf", "x"):
     path = tmp_path / name
     path.write_bytes(IMPOSTORS[said])
     with pytest.raises(errors.UserError, match=said):

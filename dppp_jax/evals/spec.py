@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dppp_jax import errors, ranges
 from dppp_jax.data import images
 from dppp_jax.models import clip, layers
-from dppp_jax.weights import export, hub
+from dppp_jax.weights import export, hub, preprocessing
 
 FEATURES = ("content", "projected", "concat")
 MARK = "dppp_jax"  # The key by which an export differs from a CLIP folder.
@@ -129,13 +129,27 @@ def _check_projector(fields: Any) -> None:
 
 
 def of_clip(folder: pathlib.Path, vision: clip.VisionConfig) -> Spec:
-  """Returns how a plain CLIP, a folder or a file in it, is used on people."""
-  height = min(256, vision.image_size * 3 // 2)
-  constants = {"mean": export.CLIP_MEAN, "std": export.CLIP_STD}
+  """Returns how a plain CLIP, a folder or a file in it, is used on people.
+
+  Args:
+    folder: of the CLIP; the files beside its weights say how it normalises and
+      resizes pictures.
+    vision: sizes of its vision tower.
+
+  Raises:
+    errors.UserError: those files ask for what is not built.
+  """
   folder = folder if folder.is_dir() else folder.parent
-  file = folder / "preprocessor_config.json"
-  if file.is_file():
-    values = hub.read_json(file)
-    for key in constants:
-      constants[key] = tuple(values.get(f"image_{key}", constants[key]))
-  return Spec(vision=vision, image_size=(height, height // 2), **constants)
+  told = preprocessing.read(folder)
+  size = told.size or (vision.image_size,) * 2
+  if size[0] == size[1]:
+    # Trained on squares: people are twice as high as wide, and not cropped.
+    height = min(256, size[0] * 3 // 2)
+    size = (height, height // 2)
+  return Spec(
+    vision=vision,
+    image_size=size,
+    mean=told.mean or export.CLIP_MEAN,
+    std=told.std or export.CLIP_STD,
+    interpolation=told.interpolation or Spec.interpolation,
+  )

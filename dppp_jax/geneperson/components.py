@@ -55,6 +55,7 @@ def find_components(
   variant: str | None = None,
   tokenizers: Sequence[Path] | None = None,
   configs: single_file.Configs | None = None,
+  overrides: sources.Overrides = sources.NO_OVERRIDES,
 ) -> Found:
   """Looks at all files but those of LoRAs; arguments of `load_components`.
 
@@ -62,7 +63,11 @@ def find_components(
     errors.UserError: a part is missing, damaged, or for another model.
   """
   found = sources.base(
-    base, variant=variant, tokenizers=tokenizers, configs=configs
+    base,
+    variant=variant,
+    tokenizers=tokenizers,
+    configs=configs,
+    overrides=overrides,
   )
   nets = _resolve(found, controlnets, variant)
   parts = found.parts(method=scheduler)
@@ -93,6 +98,7 @@ def load_components(
   configs: single_file.Configs | None = None,
   allow_unmatched: bool = False,
   place: Place | None = None,
+  overrides: sources.Overrides = sources.NO_OVERRIDES,
 ) -> components_lib.Components:
   """Loads a Stable Diffusion 1.x, 2.x or XL with ControlNets and LoRAs.
 
@@ -125,6 +131,8 @@ def load_components(
       not have.
     place: (name, leaf) -> what stands for the leaf, called as soon as it is
       read; see `sampler.Placement`. None: the leaf itself, in the file.
+    overrides: another VAE, and what the UNet predicts, against what the base
+      says.
 
   Returns:
     Components, in the precision of the files, or float32 where LoRAs are merged
@@ -141,6 +149,7 @@ def load_components(
     variant=variant,
     tokenizers=tokenizers,
     configs=configs,
+    overrides=overrides,
   )
   parts = dataclasses.replace(parts, stack_from=stack_from)
   merging = None
@@ -239,6 +248,7 @@ def digests(
   variant: str | None = None,
   tokenizers: Sequence[Path] | None = None,
   configs: single_file.Configs | None = None,
+  overrides: sources.Overrides = sources.NO_OVERRIDES,
   cache: Path | None = None,
 ) -> dict[str, dict[str, str]]:
   """Returns which weights a run depends on, for its configuration.
@@ -253,20 +263,25 @@ def digests(
     variant: likewise.
     tokenizers: likewise.
     configs: likewise.
+    overrides: likewise.
     cache: JSON file of what was hashed before; None: one in the user's cache
       folder.
 
   Returns:
     {role: {"name": of the file or folder, "sha256": ...}} with the roles
-    `base`, `tokenizer`, `tokenizer_2` (of a single file), `controlnet`,
-    `controlnet_1` ..., `lora`, `lora_1` ... and `u2net`; see
-    `digests.describe`.
+    `base`, `vae` (of another one), `tokenizer`, `tokenizer_2` (of a single
+    file), `controlnet`, `controlnet_1` ..., `lora`, `lora_1` ... and `u2net`;
+    see `digests.describe`.
 
   Raises:
     errors.UserError: a file is missing.
   """
   found = sources.base(
-    base, variant=variant, tokenizers=tokenizers, configs=configs
+    base,
+    variant=variant,
+    tokenizers=tokenizers,
+    configs=configs,
+    overrides=overrides,
   )
   every = found.describe()
   nets = _resolve(found, controlnets, variant)

@@ -91,6 +91,7 @@ def digests(
   models = config["models"]
   specs = {
     "base": models["base"],
+    "vae": models["vae"],
     "control_pose": models["pose_controlnet"],
     "control_grid": models["grid_controlnet"],
     "control_pose_grid": models["pose_controlnet"],
@@ -202,12 +203,17 @@ def _base(
   config: Mapping[str, Any], places: Mapping[str, pathlib.Path]
 ) -> dict[str, Any]:
   """Returns what finding, describing and loading a base have in common."""
-  words = places.get("models.tokenizer")
+  words, sampler = places.get("models.tokenizer"), config["sampler"]
   return {
     "base": places["models.base"],
     "controlnets": _controls(places).files,
     "variant": config["models"]["variant"] or None,
     "tokenizers": None if words is None else [words],
+    "overrides": sources.Overrides(
+      places.get("models.vae"),
+      sampler["prediction_type"] or None,
+      sampler["zero_snr"],
+    ),
   }
 
 

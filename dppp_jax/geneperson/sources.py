@@ -6,10 +6,11 @@ second. Their parameters, gigabytes, are read only when all parts are known to
 fit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import dataclasses
 import pathlib
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dppp_jax import errors, files, types
 from dppp_jax.diffusion import components as components_lib
@@ -17,6 +18,7 @@ from dppp_jax.diffusion import schedulers
 from dppp_jax.geneperson import digests
 from dppp_jax.models import clip, unet_config
 from dppp_jax.models import unet as unet_lib
+from dppp_jax.models import vae as vae_lib
 from dppp_jax.weights import (
   controlnet_file,
   diffusers_folder,
@@ -30,6 +32,7 @@ from dppp_jax.weights import (
 
 Path = str | pathlib.Path
 
+_PREDICTIONS = ("epsilon", "v_prediction")
 _METHODS = ("euler_ancestral", "euler", "ddim", "dpmpp_2m")
 _TOKENIZER = "openai/clip-vit-large-patch14"  # Whose words all of them read.
 _TOKENIZER_FILES = (
@@ -40,6 +43,49 @@ _TOKENIZER_FILES = (
   "special_tokens_map.json",
   "added_tokens.json",
 )
+
+
+# What a pipeline's model_index.json may name, and of which class; what else it
+# says. None: any class, which is not used here.
+_PARTS: dict[str, tuple[str, ...] | None] = {
+  "unet": ("UNet2DConditionModel",),
+  "vae": ("AutoencoderKL",),
+  "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+  "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+  "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+  "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+  "scheduler": None,  # Its own file is read.
+  "controlnet": None,
+  "safety_checker": None,
+  "feature_extractor": None,
+  "image_encoder": None,  # Of IP-Adapters.
+}
+_NOTES = frozenset(
+  (
+    "force_zeros_for_empty_prompt",  # Read.
+    "add_watermarker",
+    "requires_safety_checker",
+    "is_unet_version_less_0_9_0",
+    "is_unet_sample_size_int",
+  )
+)
+
+
+class Overrides(NamedTuple):
+  """What a user sets against what the base says.
+
+  Attributes:
+    vae: folder, file or hub id of another VAE, or of one where it has none.
+    prediction_type: `epsilon` or `v_prediction`.
+    zero_snr: trained down to pure noise, also where the base does not say so.
+  """
+
+  vae: Path | None = None
+  prediction_type: str | None = None
+  zero_snr: bool = False
+
+
+NO_OVERRIDES = Overrides()
 
 
 class Base(Protocol):
@@ -68,8 +114,14 @@ def base(
   variant: str | None = None,
   tokenizers: Sequence[Path] | None = None,
   configs: single_file.Configs | None = None,
+  overrides: Overrides = NO_OVERRIDES,
 ) -> Base:
   """Finds a base model; see `components.load_components`."""
+  if overrides.prediction_type not in (None, *_PREDICTIONS):
+    raise errors.UserError(
+      f"prediction_type {overrides.prediction_type!r} is not built: choose"
+      f" {' or '.join(_PREDICTIONS)}, or leave it empty"
+    )
   path = diffusers_folder.resolve(spec, variant=variant)
   name = pathlib.Path(spec).name or path.resolve().name
   if path.is_dir():
@@ -78,8 +130,8 @@ def base(
         f"{path} has tokenizers of its own: leave tokenizers out, they are for"
         " a base in a single file"
       )
-    return _Folder(path, name, variant)
-  return _File(path, name, tokenizers, configs)
+    return _Folder(path, name, variant, overrides)
+  return _File(path, name, tokenizers, configs, overrides)
 
 
 @contextlib.contextmanager
@@ -96,9 +148,17 @@ def named(path: Path) -> Iterator[None]:
 class _Folder:
   """A pipeline that diffusers saved."""
 
-  def __init__(self, root: pathlib.Path, name: str, variant: str | None):
+  def __init__(
+    self,
+    root: pathlib.Path,
+    name: str,
+    variant: str | None,
+    overrides: Overrides,
+  ):
     self._root, self._name, self._variant = root, name, variant
-    self._index = _read_index(root)
+    self._index = _read_index(root, overrides)
+    self._overrides = overrides
+    self._vae = _vae_apart(overrides, variant, lambda: _config(root, "vae"))
     self._texts = ["text_encoder"]
     if (root / "text_encoder_2").is_dir():
       self._texts.append("text_encoder_2")
@@ -108,11 +168,13 @@ class _Folder:
     file = root / "scheduler" / "scheduler_config.json"
     with named(file):
       steps = schedulers.Config.from_hf(
-        hub.read_json(file), method=_method(method)
+        hub.read_json(file),
+        method=_method(method),
+        prediction_type=self._overrides.prediction_type,
       )
-    for part in ("unet", "vae"):
+    for part in self._own:
       hub.check(self._weights(part))
-    configs = {part: _config(root / part, part) for part in ("unet", "vae")}
+    configs = {part: _config(root / part, part) for part in self._own}
     size = hub.read_json(root / "unet" / "config.json").get("sample_size")
     texts, tokenizers = [], []
     for part in self._texts:
@@ -121,10 +183,12 @@ class _Folder:
       tokenizers.append(load.tokenizer(root / _tokenizer(part)))
     return components_lib.Components(
       unet=configs["unet"],
-      vae=configs["vae"],
+      vae=self._vae.config if self._vae else configs["vae"],
       texts=tuple(texts),
       tokenizers=tuple(tokenizers),
-      scheduler=steps,
+      scheduler=dataclasses.replace(
+        steps, zero_snr=steps.zero_snr or self._overrides.zero_snr
+      ),
       params={},
       zero_negative=bool(self._index.get("force_zeros_for_empty_prompt", True)),
       sample_size=size if isinstance(size, int) else None,
@@ -133,7 +197,10 @@ class _Folder:
   def params(self) -> Iterator[tuple[str, types.Params]]:
     root, variant = self._root, self._variant
     yield "unet", diffusers_folder.unet(root / "unet", variant=variant)[1]
-    yield "vae", diffusers_folder.vae(root / "vae", variant=variant)[1]
+    if self._vae:
+      yield "vae", self._vae.params()
+    else:
+      yield "vae", diffusers_folder.vae(root / "vae", variant=variant)[1]
     for part in self._texts:
       yield part, load.clip_text(self._text(part))[1]
 
@@ -146,18 +213,24 @@ class _Folder:
 
   def describe(self) -> dict[str, digests.Source]:
     root = self._root
-    files = [
+    found = [
       root / "model_index.json",
       root / "scheduler/scheduler_config.json",
     ]
-    for part in ("unet", "vae"):
-      files += [root / part / "config.json"]
-      files += hub.weight_files(self._weights(part))
+    for part in self._own:
+      found += [root / part / "config.json"]
+      found += hub.weight_files(self._weights(part))
     for part in self._texts:
-      files += [root / part / "config.json"]
-      files += hub.weight_files(self._text(part))
-      files += _tokenizer_files(root / _tokenizer(part))
-    return {"base": _source(self._name, root, files)}
+      found += [root / part / "config.json"]
+      found += hub.weight_files(self._text(part))
+      found += _tokenizer_files(root / _tokenizer(part))
+    other = {"vae": self._vae.source} if self._vae else {}
+    return {"base": _source(self._name, root, found), **other}
+
+  @property
+  def _own(self) -> tuple[str, ...]:
+    """The networks that are read from this folder, beside text encoders."""
+    return ("unet",) if self._vae else ("unet", "vae")
 
   def _weights(self, part: str) -> pathlib.Path:
     return diffusers_folder.weights(
@@ -179,11 +252,19 @@ class _File:
     name: str,
     tokenizers: Sequence[Path] | None,
     configs: single_file.Configs | None,
+    overrides: Overrides,
   ):
     self._path, self._name, self._configs = path, name, configs
-    found = single_file.peek(path, configs=configs)
+    self._options = {
+      "configs": configs,
+      "with_vae": overrides.vae is None,
+      "prediction_type": overrides.prediction_type,
+    }
+    found = single_file.peek(path, **self._options)
     self._is_xl = found.configs.text_encoder_2 is not None
     self._found = found
+    self._zero_snr = found.zero_snr or overrides.zero_snr
+    self._vae = _vae_apart(overrides, None, lambda: found.configs.vae)
     self._tokenizers = self._find_tokenizers(tokenizers)
 
   def parts(self, *, method: str | None) -> components_lib.Components:
@@ -195,13 +276,13 @@ class _File:
     steps = schedulers.Config(
       method=_method(method) or "euler_ancestral",
       prediction_type=self._found.prediction_type,
-      zero_snr=self._found.zero_snr,
+      zero_snr=self._zero_snr,
       # What was trained on pure noise must begin there (Lin et al. 2023).
-      timestep_spacing="trailing" if self._found.zero_snr else "leading",
+      timestep_spacing="trailing" if self._zero_snr else "leading",
     )
     return components_lib.Components(
       unet=configs.unet,
-      vae=configs.vae,
+      vae=self._vae.config if self._vae else configs.vae,
       texts=tuple(texts),
       tokenizers=tuple(
         # The second encoder of SDXL was trained with another filling.
@@ -214,18 +295,20 @@ class _File:
     )
 
   def params(self) -> Iterator[tuple[str, types.Params]]:
-    found = single_file.load(self._path, configs=self._configs)
-    yield from found.params.items()
+    yield from single_file.load(self._path, **self._options).params.items()
+    if self._vae:
+      yield "vae", self._vae.params()
 
   def controlnets(self) -> list[pathlib.Path]:
     return []
 
   def describe(self) -> dict[str, digests.Source]:
     found = {"base": digests.Source(self._name, {"": self._path})}
+    if self._vae:
+      found["vae"] = self._vae.source
     for k, folder in enumerate(self._tokenizers):
-      files = _tokenizer_files(folder)
       found["tokenizer_2" if k else "tokenizer"] = _source(
-        "tokenizer", folder, files
+        "tokenizer", folder, _tokenizer_files(folder)
       )
     return found
 
@@ -263,6 +346,53 @@ class _File:
     return [found] * count
 
 
+class _Vae:
+  """A VAE that is read from elsewhere than the base."""
+
+  def __init__(
+    self, spec: Path, variant: str | None, own: Callable[[], vae_lib.Config]
+  ):
+    path = diffusers_folder.resolve(spec, variant=variant)
+    self._path, self._is_folder = path, path.is_dir() or _has_vae_config(path)
+    if self._is_folder:
+      self.config = _config(path, "vae")
+      # A VAE is published apart, often in one precision only.
+      weights = diffusers_folder.weights(path, "vae")
+      hub.check(weights)
+      found = hub.weight_files(weights)
+      folder = found[0].parent
+      found = [folder / "config.json", *found]
+      name = pathlib.Path(spec).name or path.resolve().name
+      self.source = _source(name, folder, found)
+    else:
+      # No tensor tells by how much latents are scaled: as in the base's own.
+      self.config = own()
+      single_file.check_vae(path, self.config)
+      self.source = digests.Source(path.name, {"": path})
+
+  def params(self) -> types.Params:
+    """Reads the parameters."""
+    if self._is_folder:
+      return diffusers_folder.vae(self._path)[1]
+    return single_file.vae(self._path, config=self.config)[1]
+
+
+def _vae_apart(
+  overrides: Overrides, variant: str | None, own: Callable[[], vae_lib.Config]
+) -> _Vae | None:
+  """Returns the VAE of a user, if any; `own` gives the base's configuration."""
+  if overrides.vae is None:
+    return None
+  with named(overrides.vae):
+    return _Vae(overrides.vae, variant, own)
+
+
+def _has_vae_config(path: pathlib.Path) -> bool:
+  file = path.parent / "config.json"
+  kind = hub.read_json(file).get("_class_name") if file.is_file() else None
+  return kind == "AutoencoderKL"
+
+
 def controlnet_config(
   path: pathlib.Path, unet: unet_config.Config, *, variant: str | None
 ) -> unet_config.ControlNetConfig:
@@ -293,12 +423,15 @@ def describe_controlnet(
   spec: Path, path: pathlib.Path, variant: str | None
 ) -> digests.Source:
   """Returns the files of a ControlNet that are read."""
-  files = hub.weight_files(_controlnet_weights(path, variant))
+  found = hub.weight_files(_controlnet_weights(path, variant))
   name = pathlib.Path(spec).name or path.resolve().name
+  folder = found[0].parent
+  config: pathlib.Path | None = folder / "config.json"
   if not controlnet_file.is_folder(path):
-    return digests.Source(name, {"": files[0]})
-  folder = files[0].parent
-  return _source(name, folder, [folder / "config.json", *files])
+    config = controlnet_file.config_file(path)
+  if config is None:
+    return digests.Source(name, {"": found[0]})
+  return _source(name, folder, [config, *found])
 
 
 def describe_lora(one: lora.Lora) -> digests.Source:
@@ -340,7 +473,7 @@ def _config(path: pathlib.Path, part: str) -> Any:
     return diffusers_folder.read_config(path, part)
 
 
-def _read_index(root: pathlib.Path) -> dict[str, Any]:
+def _read_index(root: pathlib.Path, overrides: Overrides) -> dict[str, Any]:
   """Reads model_index.json; says what a folder without one is."""
   file = root / "model_index.json"
   if file.is_file():
@@ -350,6 +483,8 @@ def _read_index(root: pathlib.Path) -> dict[str, Any]:
         f"{file} is of a {index.get('_class_name', 'pipeline')} without a UNet:"
         " give a Stable Diffusion 1.x, 2.x or XL"
       )
+    left = ("vae",) if overrides.vae is not None else ()
+    _check_index({k: v for k, v in index.items() if k not in left}, file)
     return index
   singles = files.visible(root, ".safetensors")
   if (root / "config.json").is_file():
@@ -363,6 +498,28 @@ def _read_index(root: pathlib.Path) -> dict[str, Any]:
     f"{root} {said}: give the folder with model_index.json, unet/ and vae/, or"
     " a single .safetensors file"
   )
+
+
+def _check_index(index: Mapping[str, Any], file: pathlib.Path) -> None:
+  """Refuses parts and settings of a pipeline that would be left aside."""
+  for key, value in index.items():
+    is_unset = value in (None, False, [None, None])
+    if key.startswith("_") or key in _NOTES or is_unset:
+      continue
+    kind = value[-1] if isinstance(value, list) and value else value
+    classes = _PARTS.get(key, ())
+    if classes is None or kind in classes:
+      continue
+    said = f"{key} is {kind!r}"
+    if not classes:
+      raise errors.UserError(
+        f"{file}: {said}, which is not built here: give a Stable Diffusion 1.x,"
+        " 2.x or XL"
+      )
+    raise errors.UserError(
+      f"{file}: {said}, where {' or '.join(classes)} is built here: give a"
+      " Stable Diffusion 1.x, 2.x or XL"
+    )
 
 
 def _method(method: str | None) -> Any:

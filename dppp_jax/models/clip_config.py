@@ -1,6 +1,6 @@
 """The sizes of a CLIP, read from and written as transformers' config.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -40,10 +40,64 @@ def _check(config: Any) -> None:
   layers.activation(config.hidden_act)
 
 
+_MODEL_TYPES = (None, "clip", "clip_text_model", "clip_vision_model")
+# What transformers has ever written into the config.json of a CLIP and its
+# towers, and that changes none of their numbers: notes, and the settings of
+# training and of text generation.
+_NO_EFFECT = frozenset(
+  (
+    *("add_cross_attention", "architectures", "attention_dropout"),
+    *("bad_words_ids", "begin_suppress_tokens", "bos_token_id"),
+    *("chunk_size_feed_forward", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "diversity_penalty", "do_sample", "dropout"),
+    *("dtype", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("eos_token_id", "exponential_decay_length_penalty", "finetuning_task"),
+    *("forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing"),
+    *("id2label", "initializer_factor", "initializer_range", "is_decoder"),
+    *("is_encoder_decoder", "label2id", "length_penalty"),
+    *("logit_scale_init_value", "max_length", "min_length", "model_type"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+    *("num_return_sequences", "output_attentions", "output_hidden_states"),
+    *("output_scores", "pad_token_id", "prefix", "problem_type"),
+    *("projection_dim", "remove_invalid_values", "repetition_penalty"),
+    *("return_dict", "return_dict_in_generate", "sep_token_id"),
+    *("suppress_tokens", "task_specific_params", "temperature"),
+    *("text_config", "text_config_dict", "tf_legacy_loss"),
+    *("tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class"),
+    *("top_k", "top_p", "torch_dtype", "torchscript", "transformers_version"),
+    *("typical_p", "use_bfloat16", "use_cache", "vision_config"),
+    "vision_config_dict",
+  )
+)
+
+
 def _pick(cls: type, values: Mapping[str, Any]) -> Any:
-  """Builds a config of the fields that it knows; the rest has no effect."""
+  """Builds a config of the fields that it knows.
+
+  Raises:
+    errors.UserError: a config.json of another network, or a key that would be
+      left aside.
+  """
   known = {field.name for field in dataclasses.fields(cls)}
+  check_keys(values, known)
   return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def check_keys(values: Mapping[str, Any], known: Collection[str]) -> None:
+  """Refuses a config.json of another network, or with an unknown key set."""
+  kind = values.get("model_type")
+  if kind not in _MODEL_TYPES:
+    raise errors.UserError(
+      f"config.json is of a {kind} (model_type), where a CLIP is wanted: give"
+      " the folder of a CLIP"
+    )
+  for key, value in values.items():
+    is_known = key.startswith("_") or key in known or key in _NO_EFFECT
+    if not is_known and value not in (None, False, {}, []):
+      raise errors.UserError(
+        f"config.json sets {key} to {value!r}, which is not built here: use a"
+        " plain CLIP"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +217,7 @@ class Config:
       errors.UserError: it is not one of a CLIP.
     """
     towers = {}
+    check_keys(values, ())
     for name in ("vision", "text"):
       # Early files hold a second, older spelling, and transformers lets it
       # win with all its defaults.

@@ -1,19 +1,23 @@
-"""ControlNets in a file of any name, without a config.json beside it.
+"""ControlNets in a file of any name, with or without a config.json beside it.
 
     config, params = controlnet_file.load("OpenPoseXL2.safetensors")
 
-The sizes are read off the tensors. What no tensor tells is that of the UNet
-that it was made from, where that is known, or of the base models: heads are 64
-wide (in SD 1.x there are 8). Pictures are RGB, and residuals are not pooled.
+A configuration beside a file is believed where the file's tensors are those of
+its network; else it is of another file, and the sizes are read off the tensors.
+What no tensor tells is that of the UNet that it was made from, where that is
+known, or of the base models: heads are 64 wide (in SD 1.x there are 8).
+Pictures are RGB, and residuals are not pooled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import itertools
+import pathlib
 from typing import Any
 
+from absl import logging
 import numpy as np
 
-from dppp_jax import errors, trees, types
+from dppp_jax import errors, logs, trees, types
 from dppp_jax.models import controlnet as controlnet_lib
 from dppp_jax.models import controlnet_union, unet_config
 from dppp_jax.weights import (
@@ -21,6 +25,7 @@ from dppp_jax.weights import (
   diffusers_folder,
   diffusion_rules,
   hub,
+  kinds,
   original,
   single_file,
 )
@@ -48,9 +53,9 @@ def load(
 
   Args:
     path: a file of any name, with diffusers' names or those of the original
-      code; a folder of diffusers, or a file in one, is left to
-      `diffusers_folder`.
-    config: its sizes; None: what config.json beside it says, or the tensors.
+      code; a folder is left to `diffusers_folder`.
+    config: its sizes; None: what the configuration beside it says, where that
+      is of this file, or the tensors.
     variant: of a folder, which of several precisions to read, e.g. "fp16".
     stack_from: transformers at least so deep come stacked.
 
@@ -67,13 +72,7 @@ def load(
     )
   where = str(path)
   config, tensors, is_original = _open(path, config)
-  is_union = isinstance(config, unet_config.UnionConfig)
-  if is_union:
-    shapes = controlnet_union.param_shapes(config)
-    rules = diffusion_rules.controlnet_union(config)
-  else:
-    shapes = controlnet_lib.param_shapes(config)
-    rules = diffusion_rules.controlnet(config)
+  shapes, rules = _network(config)
   if is_original:
     names = original.controlnet(shapes)
     part = single_file.Part(_PREFIX, shapes, rules, names)
@@ -103,9 +102,79 @@ def read_config(
 
 
 def is_folder(path: single_file.Path, *, variant: str | None = None) -> bool:
-  """Tells whether a path is a folder, or in one, that diffusers wrote."""
-  found = diffusers_folder.resolve(path, variant=variant)
-  return found.is_dir() or (found.parent / "config.json").is_file()
+  """Tells whether a path is a folder that diffusers wrote."""
+  return diffusers_folder.resolve(path, variant=variant).is_dir()
+
+
+def config_file(path: single_file.Path) -> pathlib.Path | None:
+  """Returns the configuration beside a file that is believed, if any.
+
+  Args:
+    path: of the file, as in `load`.
+  """
+  path = pathlib.Path(path).expanduser()
+  tensors, is_original = _read(path)
+  found = None if is_original else _beside(path, tensors)
+  return None if found is None else found[0]
+
+
+def _network(
+  config: unet_config.ControlNetConfig,
+) -> tuple[types.Params, Sequence[convert.Rule]]:
+  """Returns the shapes and the table of a ControlNet or a union."""
+  if isinstance(config, unet_config.UnionConfig):
+    shapes = controlnet_union.param_shapes(config)
+    return shapes, diffusion_rules.controlnet_union(config)
+  return controlnet_lib.param_shapes(config), diffusion_rules.controlnet(config)
+
+
+def _beside(
+  path: pathlib.Path, tensors: Tensors
+) -> tuple[pathlib.Path, unet_config.ControlNetConfig] | None:
+  """Returns the first configuration beside a file that is of this file.
+
+  diffusion_pytorch_model_promax.safetensors goes with config_promax.json, and
+  x.safetensors with x.json; a plain config.json may be of any file there.
+  """
+  stem = path.name.partition(".")[0]
+  rest = stem.removeprefix("diffusion_pytorch_model")
+  names = [f"config{rest}.json", f"{stem}.json", f"{stem}_config.json"]
+  names += [f"{stem}.config.json", "config.json"]
+  for name in dict.fromkeys(names):
+    file = path.parent / name
+    if not file.is_file():
+      continue
+    config, said = _believe(file, tensors)
+    if config is not None:
+      return file, config
+    logs.say(
+      f"{file} {said}: the sizes of {path.name} are read off its tensors"
+    )
+  return None
+
+
+def _believe(
+  file: pathlib.Path, tensors: Tensors
+) -> tuple[unet_config.ControlNetConfig | None, str]:
+  """Returns a configuration that fits the tensors, or why it does not."""
+  values = hub.read_json(file)
+  kind = values.get("_class_name")
+  classes = {
+    "ControlNetModel": unet_config.ControlNetConfig,
+    "ControlNetUnionModel": unet_config.UnionConfig,
+  }
+  if kind not in classes:
+    model = kind or values.get("model_type") or values.get("architectures")
+    return None, f"is of a {model or 'network without a name'}, no ControlNet"
+  config = classes[kind].from_hf(values)  # Refuses by name what is not built.
+  try:
+    shapes, rules = _network(config)
+    flat = convert.shapes(tensors, rules, where=str(file))
+    trees.merge(shapes, flat, where=str(file))
+  except errors.UserError as error:
+    logging.info("%s", error)
+    return None, "is of another ControlNet"
+  return config, ""
 
 
 def _open(
@@ -114,8 +183,22 @@ def _open(
   unet: unet_config.Config | None = None,
 ) -> tuple[unet_config.ControlNetConfig, Tensors, bool]:
   """Returns sizes and tensors, and whether those have the original names."""
+  path = hub.resolve(path)
+  tensors, is_original = _read(path)
+  if config is not None:
+    return config, tensors, is_original
+  if is_original:
+    return _SD1, tensors, is_original
+  found = _beside(path, tensors)
+  if found is not None:
+    return found[1], tensors, is_original
+  return _read_sizes(tensors, str(path), unet), tensors, is_original
+
+
+def _read(path: pathlib.Path) -> tuple[Tensors, bool]:
+  """Returns the tensors, and whether they have the original names."""
   where = str(path)
-  tensors: Tensors = hub.read_tensors(hub.resolve(path))
+  tensors: Tensors = hub.read_tensors(path)
   if "lora_controlnet" in tensors or any(n.endswith(".down") for n in tensors):
     raise errors.UserError(
       f"{where} is a control-LoRA, the difference of a ControlNet to its base"
@@ -127,16 +210,19 @@ def _open(
     if name.startswith(_PREFIX)
   }
   tensors = own or tensors
-  is_original = "time_embed.0.weight" in tensors
-  if not is_original and f"{_COND}conv_in.weight" not in tensors:
+  is_original = "time_embed.0.weight" in tensors and not any(
+    name.startswith("model.diffusion_model.") for name in tensors
+  )
+  has_hint = "input_hint_block.0.weight" in tensors if is_original else False
+  if not has_hint and f"{_COND}conv_in.weight" not in tensors:
+    kind = kinds.called(tensors)
+    begins = ", ".join(sorted(tensors)[:3]) or "nothing"
+    said = f"is {kind}" if kind else f"begins with {begins}"
     raise errors.UserError(
-      f"{where} holds no ControlNet (it begins with"
-      f" {', '.join(sorted(tensors)[:3]) or 'nothing'}): give a ControlNet of"
-      " SDXL or SD 1.x"
+      f"{where} holds no ControlNet (it {said}): give a ControlNet of SDXL or"
+      " SD 1.x"
     )
-  if config is None:
-    config = _SD1 if is_original else _read_sizes(tensors, where, unet)
-  return config, tensors, is_original
+  return tensors, is_original
 
 
 _SD1 = unet_config.ControlNetConfig(cross_attention_dim=768)

@@ -225,7 +225,8 @@ def _file(path: str | pathlib.Path) -> pathlib.Path:
     path = _weights_in(path)
   if not path.exists():
     raise errors.UserError(f"{path} does not exist: give a checkpoint")
-  _check_kind(path)
+  if files.suffix(path) in _READERS or path.stat().st_size:
+    _check_kind(path)
   if files.suffix(path) not in _READERS:
     raise errors.UserError(
       f"{path} is no checkpoint that can be read: give one that ends in"

@@ -192,13 +192,118 @@ def _openai_config(
   if (folder / "open_clip_config.json").is_file():
     extra = hub.read_json(folder / "open_clip_config.json")
     extra = extra.get("model_cfg", extra)
+    _check_open_clip(extra, str(folder / "open_clip_config.json"))
   try:
-    return _from_shapes(tensors, prefix, extra, hidden_act, path)
+    config = _from_shapes(tensors, prefix, extra, hidden_act, path)
   except (KeyError, ValueError, IndexError) as error:
     raise errors.UserError(
       f"{path}: the tensors have OpenAI's names but are not those of a CLIP"
       f" with a vision transformer ({error}): use such a checkpoint"
     ) from error
+  _check_sizes(config, extra, folder / "open_clip_config.json")
+  return config
+
+
+# What an OpenCLIP may be told and only one answer is built, by group of keys.
+_TOWER = {
+  "ls_init_value": None,
+  "final_ln_after_pool": False,
+  "act_kwargs": None,
+  "norm_kwargs": None,
+}
+_ONLY: dict[str, dict[str, Any]] = {
+  "": {
+    "multimodal_cfg": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+  },
+  "vision_cfg": _TOWER
+  | {
+    "attentional_pool": False,
+    "no_ln_pre": False,
+    "pos_embed_type": "learnable",
+    "pool_type": "tok",
+    "global_average_pool": False,
+    "input_patchnorm": False,
+    "timm_model_name": None,
+  },
+  "text_cfg": _TOWER
+  | {
+    "embed_cls": False,
+    "no_causal_mask": False,
+    "pool_type": "argmax",
+    "proj_type": "linear",
+    "proj_bias": False,
+    "hf_model_name": None,
+    "hf_tokenizer_name": None,
+    "tokenizer_kwargs": None,
+    "bert_tokenizer": False,
+  },
+}
+# Read, or told by the tensors, or without effect on their product.
+_KNOWN = {
+  "": "embed_dim quick_gelu custom_text init_logit_scale cast_dtype"
+  " output_dict vision_cfg text_cfg",
+  "vision_cfg": "layers width patch_size image_size mlp_ratio head_width"
+  " patch_dropout output_tokens attn_pooler_queries attn_pooler_heads"
+  " timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop"
+  " timm_drop_path",
+  "text_cfg": "context_length vocab_size width heads layers mlp_ratio"
+  " output_tokens pad_id eos_id hf_model_pretrained hf_proj_type"
+  " hf_pooler_type",
+}
+
+
+def _check_open_clip(extra: Mapping[str, Any], where: str) -> None:
+  """Refuses keys of a model_cfg that would be left aside."""
+  for group, only in _ONLY.items():
+    values = extra.get(group, {}) if group else extra
+    if not isinstance(values, Mapping):
+      raise errors.UserError(f"{where}: {group} is no object: fetch it again")
+    for key, value in values.items():
+      if key in _KNOWN[group].split() or value in (only.get(key), None, False):
+        continue
+      if value == {}:
+        continue
+      raise errors.UserError(
+        f"{where}: {f'{group}.' if group else ''}{key} is {value!r}, which is"
+        " not built here: use an OpenCLIP with OpenAI's towers"
+      )
+
+
+def _check_sizes(
+  config: clip_lib.Config, extra: Mapping[str, Any], file: pathlib.Path
+) -> None:
+  """Refuses an open_clip_config.json of another model than the tensors."""
+  vision, text = extra.get("vision_cfg", {}), extra.get("text_cfg", {})
+  pairs = (
+    ("embed_dim", extra.get("embed_dim"), config.projection_dim),
+    (
+      "vision_cfg.layers",
+      vision.get("layers"),
+      config.vision.num_hidden_layers,
+    ),
+    ("vision_cfg.width", vision.get("width"), config.vision.hidden_size),
+    (
+      "vision_cfg.patch_size",
+      vision.get("patch_size"),
+      config.vision.patch_size,
+    ),
+    (
+      "vision_cfg.image_size",
+      vision.get("image_size"),
+      config.vision.image_size,
+    ),
+    ("text_cfg.layers", text.get("layers"), config.text.num_hidden_layers),
+    ("text_cfg.width", text.get("width"), config.text.hidden_size),
+    ("text_cfg.vocab_size", text.get("vocab_size"), config.text.vocab_size),
+  )
+  for key, said, held in pairs:
+    if said not in (None, held, [held, held]):
+      raise errors.UserError(
+        f"{file}: {key} is {said!r}, and the tensors have {held}: it is of"
+        " another model; fetch the one of these weights"
+      )
 
 
 def _from_shapes(
@@ -255,5 +360,8 @@ def _depth(names: Iterable[str], prefix: str) -> int:
   pattern = re.compile(
     re.escape(f"{prefix}transformer.resblocks.") + r"(\d+)\."
   )
-  found = (pattern.match(name) for name in names)
-  return 1 + max(int(m[1]) for m in found if m)
+  # Counted: a number in a damaged name may be of any size.
+  found = {m[1] for name in names if (m := pattern.match(name))}
+  if not found:
+    raise ValueError(f"no {prefix}transformer.resblocks")
+  return len(found)
