@@ -99,7 +99,7 @@ def compile_program(
     lowered = job.trace(put).lower()
   digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
   if before is not None and before.get("lowered") == digest:
-    return before
+    return {**before, "commit": common.commit()}
   traced, cpu = time.perf_counter(), time.process_time()
   compiled = lowered.compile(compiler_options=dict(program.options) or None)
   ended = time.perf_counter()
@@ -238,8 +238,8 @@ def run(args: argparse.Namespace) -> list[str]:
     broken = violations(program, facts)
     wrong += broken
     what = "WRONG" if broken else "good"
-    if facts is before:
-      what += ", as before"
+    if before and facts.get("lowered") == before.get("lowered"):
+      what += ", as before" if not args.again else ""
     seconds = time.perf_counter() - begin
     peak = f", {facts['peak'] / 1e9:.2f} GB" if "peak" in facts else ""
     print(f"{label}: {what}{peak}, {seconds:.0f} s", flush=True)
@@ -260,7 +260,8 @@ def table(kept: dict[str, Any]) -> str:
     if facts is None:
       continue
     if "error" in facts:
-      rows.append([program.name, facts["error"], *[""] * (len(header) - 2)])
+      said = f"does not compile: {facts['error'][:100]}"
+      rows.append([f"`{program.name}`", said, *[""] * (len(header) - 2)])
       continue
     total, kernels = sum(facts["flops"].values()), facts["kernels"]
     # Of float32 a GPU makes TF32 where it may, at half the rate.
@@ -356,7 +357,11 @@ def section(kept: dict[str, Any]) -> str:
     " otherwise). Training: the largest batch, at most 1024. Generation: the"
     " largest of batches 1, 4 and 8.\n"
   )
-  parts = [_BEGIN, note, table(kept), about, fits(kept)]
+  names = [f"`{p.name}`" for p in aot_programs.programs()]
+  missing = [name for name in names if name.strip("`") not in results]
+  lacks = f"Not compiled yet: {', '.join(missing)}.\n" if missing else ""
+  parts = [_BEGIN, note, table(kept), lacks, about, fits(kept)]
+  parts = [part for part in parts if part]
   return "\n\n".join(part.strip("\n") for part in parts) + f"\n\n{_END}"
 
 

@@ -49,6 +49,25 @@ _PICTURES = 130_519  # Of GenePerson in the paper.
 # out ("Couldn't find output tile sizes"). With a device it would try several.
 _NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
 
+# Model, part, batch, bound in GB, attentions in cuDNN (of a step).
+_CANVASES = (
+  ("canvas", "encode", 1, 2.0, 42),
+  ("canvas", "encode", 4, 2.2, 42),
+  ("canvas", "encode", 8, 2.4, 42),
+  ("canvas", "decode", 1, 2.0, 0),
+  ("canvas", "decode", 4, 7.5, 0),
+  ("canvas", "decode", 8, 7.6, 0),
+  ("sdxl", "decode", 1, 1.6, 0),
+  ("sdxl", "decode", 4, 5.8, 0),
+  ("sdxl", "decode", 8, 5.9, 0),
+  ("canvas", "denoise", 1, 13.5, 276),
+  ("canvas", "denoise", 4, 15.0, 276),
+  ("canvas", "denoise", 8, 18.0, 276),
+  ("sdxl", "denoise", 1, 7.0, 140),
+  ("sdxl", "denoise", 4, 9.0, 140),
+  ("sdxl", "denoise", 8, 12.0, 140),
+)
+
 _TINY_CLIP = clip.Config(
   vision=clip.VisionConfig(
     hidden_size=16,
@@ -579,8 +598,8 @@ def programs() -> tuple[Program, ...]:
       name="pretrain_clip",
       about="step of configs/pretrain_clip.py, bfloat16",
       build=_clip,
-      peak=1.0,
-      attentions=0,
+      peak=0.8,
+      attentions=18,
     ),
     Program(
       name="pretrain_vae",
@@ -636,23 +655,23 @@ def programs() -> tuple[Program, ...]:
       unit="a step",
     ),
   ]
-  for model, size in (("canvas", "896 x 1536"), ("sdxl", "1024 x 1024")):
-    nets = ", two ControlNets" if model == "canvas" else ""
-    for part, about in (
-      ("encode", "text encoders of"),
-      ("decode", "VAE's decoder of"),
-      ("denoise", "steps of"),
-    ):
-      if part == "encode" and model == "sdxl":
-        continue  # The same program.
-      found += [
-        Program(
-          name=f"{model}_{part}_{batch}",
-          about=f"{about} {batch} guided, SDXL, {size}{nets}",
-          build=of(_canvas, model=model, part=part, batch=batch),
-          peak=20.0,
-          unit="a step" if part == "denoise" else "a call",
-        )
-        for batch in (1, 4, 8)
-      ]
+  for model, part, batch, peak, attentions in _CANVASES:
+    size = "896 x 1536" if model == "canvas" else "1024 x 1024"
+    about = {
+      "encode": f"SDXL's text encoders, {batch} guided",
+      "decode": f"SDXL's decoder, {batch} of {size}",
+      "denoise": f"SDXL, {batch} of {size}, guided",
+    }[part]
+    if part == "denoise" and model == "canvas":
+      about += ", two ControlNets"
+    found.append(
+      Program(
+        name=f"{model}_{part}_{batch}",
+        about=about,
+        build=of(_canvas, model=model, part=part, batch=batch),
+        peak=peak,
+        attentions=attentions,
+        unit="a step" if part == "denoise" else "a call",
+      )
+    )
   return tuple(found)

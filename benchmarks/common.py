@@ -22,6 +22,8 @@ import jax
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _RESULTS = pathlib.Path(os.environ.get("BENCHMARK_RESULTS", _HERE / "results"))
+# Arguments of git: the whole checkout but for what scripts write.
+_CODE = ("--", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -185,13 +187,16 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-  """Returns the short commit, with "+" where files differ from it."""
+  """Returns the short commit, with "+" where files differ from it.
+
+  Not where results and pages do, which scripts write one after the other.
+  """
   git = ["git", "-C", str(_HERE)]
   try:
     run = lambda *words: subprocess.run(
       [*git, *words], capture_output=True, text=True, check=True
     ).stdout.strip()
-    dirty = run("status", "--porcelain", "--untracked-files=no")
+    dirty = run("status", "--porcelain", "--untracked-files=no", *_CODE)
     return run("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
