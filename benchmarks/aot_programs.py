@@ -63,7 +63,7 @@ _CANVASES = (
   ("canvas", "denoise", 1, 13.5, 276),
   ("canvas", "denoise", 4, 15.0, 276),
   ("canvas", "denoise", 8, 18.0, 276),
-  ("sdxl", "denoise", 1, 7.0, 140),
+  ("sdxl", "denoise", 1, 8.0, 140),
   ("sdxl", "denoise", 4, 9.0, 140),
   ("sdxl", "denoise", 8, 12.0, 140),
 )

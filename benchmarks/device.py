@@ -6,8 +6,9 @@ each of them.
 
     about      devices, versions, free memory
     resize     a resize of both sides, as XLA writes it and as this project does
-    numerics   attention's gradients, features and the loss in bfloat16, against
-               float32 on the same device
+    attention  its gradients in bfloat16, against float32 on the same device
+    features   of the extractor, likewise
+    loss       of the first PTL step and its gradient's norm, likewise
     ptl        the PTL step, against PyTorch compiled; memory
     canvas     an SDXL canvas with two ControlNets, against diffusers compiled
 """
@@ -27,10 +28,12 @@ _LIMIT = 540  # Seconds of all sections.
 # Seconds of each at most; what one leaves is there for the next.
 _SECTIONS = {
   "about": 40,
-  "resize": 60,
-  "numerics": 100,
-  "ptl": 180,
-  "canvas": 300,
+  "resize": 50,
+  "attention": 60,
+  "features": 50,
+  "loss": 120,
+  "ptl": 160,
+  "canvas": 320,
 }
 # Queries, keys, causal: towers of CLIP at odd and even lengths, a UNet's.
 _ATTENTIONS = (
@@ -132,18 +135,6 @@ def _relative(made: Any, wanted: Any) -> float:
   return float(np.linalg.norm(made - wanted) / np.linalg.norm(wanted))
 
 
-def _numerics(tiny: bool) -> dict[str, Any]:
-  """Compares bfloat16 with float32, both on this device."""
-  found: dict[str, Any] = {}
-  for part in (_attention, _features, _loss):
-    try:
-      found[part.__name__.strip("_")] = part(tiny)
-    except Exception as error:  # The others are asked all the same.
-      line = str(error).splitlines()[0][:300]
-      found[part.__name__.strip("_")] = {"error": line}
-  return found
-
-
 def _attention(tiny: bool) -> dict[str, Any]:
   """Gradients at odd and even numbers of tokens, causal and across."""
   import jax
@@ -208,18 +199,31 @@ def _loss(tiny: bool) -> dict[str, Any]:
   return found
 
 
-def _section(name: str, *, tiny: bool, limit: float) -> dict[str, Any]:
-  """Runs a section in a process of its own and returns what it found."""
+def _section(
+  name: str, *, tiny: bool, limit: float, cache: str
+) -> dict[str, Any]:
+  """Runs a section in a process of its own and returns what it found.
+
+  Args:
+    name: of `_SECTIONS`.
+    tiny: for a CPU.
+    limit: seconds.
+    cache: folder of compiled programs, which sections share.
+  """
   if limit < 5:
     return {"note": "left out: the time was over"}
   with tempfile.TemporaryDirectory() as scratch:
     result = pathlib.Path(scratch) / "section.json"
-    environment = {**os.environ, "BENCHMARK_RESULTS": scratch}
+    environment = {
+      **os.environ,
+      "BENCHMARK_RESULTS": scratch,
+      "JAX_COMPILATION_CACHE_DIR": cache,
+    }
     if name in _SCRIPTS:
       script, *arguments = _SCRIPTS[name][tiny]
       if script == "generation.py":
         arguments += ["--limit", str(int(limit - 30))]
-        arguments += ["--cache", f"{scratch}/xla"]
+        arguments += ["--cache", cache]
     else:
       script = "device.py"
       arguments = ["--section", name, "--out", str(result)]
@@ -260,7 +264,8 @@ def main() -> None:
   parser.add_argument("--out", default=str(_HERE / "results"))
   parser.add_argument("--begun", type=float, default=time.time())
   parser.add_argument("--tiny", action="store_true", help="for a CPU")
-  parser.add_argument("--section", choices=("about", "resize", "numerics"))
+  alone = [name for name in _SECTIONS if name not in _SCRIPTS]
+  parser.add_argument("--section", choices=alone)
   args = parser.parse_args()
   # Several processes share the device, and PyTorch's with them.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -271,14 +276,16 @@ def main() -> None:
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
   place, found = out / "device.json", {}
-  for name, seconds in _SECTIONS.items():
-    left = _LIMIT - (time.time() - args.begun)
-    print(f"{name}: {left:.0f} s are left", flush=True)
-    found[name] = _section(name, tiny=args.tiny, limit=min(seconds, left))
-    scratch = place.with_name(f".{place.name}.tmp")
-    scratch.write_text(json.dumps(found, indent=2) + "\n")
-    scratch.replace(place)
-    print(json.dumps(found[name])[:600], flush=True)
+  with tempfile.TemporaryDirectory() as cache:
+    for name, seconds in _SECTIONS.items():
+      left = _LIMIT - (time.time() - args.begun)
+      print(f"{name}: {left:.0f} s are left", flush=True)
+      limit = min(seconds, left)
+      found[name] = _section(name, tiny=args.tiny, limit=limit, cache=cache)
+      scratch = place.with_name(f".{place.name}.tmp")
+      scratch.write_text(json.dumps(found, indent=2) + "\n")
+      scratch.replace(place)
+      print(json.dumps(found[name])[:600], flush=True)
   print(place)
 
 

@@ -66,4 +66,6 @@ def test_sections_end_with_the_time(monkeypatch):
   monkeypatch.setattr(
     device.subprocess, "Popen", lambda *a, **k: pytest.fail("started")
   )
-  assert "left out" in device._section("ptl", tiny=True, limit=3)["note"]
+  assert (
+    "left out" in device._section("ptl", tiny=True, limit=3, cache="")["note"]
+  )
