@@ -1,6 +1,6 @@
 """How well the rules see a missing head or missing legs, and what they cost.
 
-    python benchmarks/rules.py [--num 96]
+    python benchmarks/rules.py [--num 96] [--page]
 
 The small networks draw canvases in the configuration of :mini. Of each cell the
 head, the shins or the legs are painted over with the paper behind them, and the
@@ -14,11 +14,12 @@ covers less than a third of the head, or of the legs, that the drawn figure of
 the same skeleton has there. All cells are like drawings: nothing is said of
 photographs.
 
-Writes benchmarks/results/rules-*.json.
+Writes benchmarks/results/rules-*.json and docs/rules.md; with --page only the
+page, from the results that are there.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import common
@@ -38,6 +39,23 @@ _MEASURES = {
   "least_of_parts": quality.least_agreement,
 }
 _AT = poses.INDEX
+_KINDS = {
+  "whole": "whole",
+  "no_head": "head taken off",
+  "no_shins": "shins taken off",
+  "no_legs": "legs taken off",
+  "itself_no_head": "no head by itself",
+  "itself_no_legs": "no legs by itself",
+}
+_HEAD = """# What the rules see of a missing head or missing legs
+
+`python benchmarks/rules.py` had {num} canvases drawn by the small networks of
+`:mini` (seed {seed}), took heads, shins or legs off their cells by painting
+paper over them, and matted all anew. `rules.min_agreement` looks at the share
+of the skeleton's points that lie in the matte. **All these cells are like
+drawings**: on photographs the shares are others, and the bound is to be looked
+at again.
+"""
 
 
 def bands(points: np.ndarray, height: int) -> dict[str, tuple[int, int]]:
@@ -104,12 +122,55 @@ def table(
   return found
 
 
+def page(values: Mapping[str, Any]) -> str:
+  """Returns docs/rules.md of what `common.write` wrote."""
+  results = values["results"]
+  kinds = {name: say for name, say in _KINDS.items() if results["cells"][name]}
+  parts = [_HEAD.format(**results)]
+  rows = [
+    [say, str(results["cells"][name]), _percent(results, name)]
+    for name, say in kinds.items()
+  ]
+  parts.append(
+    common.markdown(["", "cells", "dropped by the other rules"], rows)
+  )
+  for measure, title in (
+    (
+      "least_of_parts",
+      "of all points, of the head's or of the legs' the least",
+    ),
+    ("all_points", "of all points (not what the rule takes)"),
+  ):
+    parts.append(f"Agreement {title}: dropped of what the other rules keep.\n")
+    rows = [
+      [f"below {bound}", *(f"{100 * shares[k]:.1f} %" for k in kinds)]
+      for bound, shares in results[measure].items()
+    ]
+    parts.append(common.markdown(["", *kinds.values()], rows))
+  parts.append(common.footnote(values["environment"]))
+  return "\n".join(parts)
+
+
+def _percent(results: Mapping[str, Any], name: str) -> str:
+  return f"{100 * results['dropped_by_other_rules'][name]:.1f} %"
+
+
+def write_page() -> None:
+  """Writes docs/rules.md from the results."""
+  text = page(common.read("rules"))
+  (cli.ROOT / "docs/rules.md").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
   """Draws, damages, judges, prints and writes."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--num", type=int, default=96, help="canvases")
+  parser.add_argument("--page", action="store_true", help="only the page")
   parser.add_argument("--cache", default=str(cli.ROOT / "runs/canvases"))
   args = parser.parse_args()
+  if args.page:
+    write_page()
+    return
   drawn = canvas_corpus.draw(
     args.num, seed=_SEED, split="held_out", with_scenes=False, cache=args.cache
   )
@@ -170,6 +231,7 @@ def main() -> None:
   print(totals, results["dropped_by_other_rules"])
   print(common.table(head, rows))
   print(common.write("rules", results))
+  write_page()
 
 
 if __name__ == "__main__":
