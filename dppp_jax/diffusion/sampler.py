@@ -54,7 +54,7 @@ class Placement:
   vae_dtype: jax.typing.DTypeLike
   devices: tuple[jax.Device, ...]
 
-  @property
+  @functools.cached_property
   def mesh(self) -> jax.sharding.Mesh:
     """The devices, of which each draws a part of the batch."""
     return jax.sharding.Mesh(np.array(self.devices), ("batch",))
