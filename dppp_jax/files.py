@@ -61,6 +61,12 @@ def visible(folder: str | os.PathLike, *suffixes: str) -> list[pathlib.Path]:
   )
 
 
+def has_visible(folder: str | os.PathLike) -> bool:
+  """Tells whether a folder shows anything, a file or a folder."""
+  names = os.listdir(folder)
+  return any(not name.startswith(".") for name in names)
+
+
 def suffix(path: str | os.PathLike) -> str:
   """Returns the suffix in lower case."""
   return pathlib.Path(path).suffix.lower()

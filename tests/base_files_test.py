@@ -70,7 +70,7 @@ def find(path, configs, **overrides):
     (lambda t: without(t, "conditioner.embedders.1."), "no second text"),
     (lambda t: t | {_FIRST: np.zeros((64, 9, 3, 3), "f")}, "an inpainting"),
     (lambda t: t | {_FIRST: np.zeros((64, 8, 3, 3), "f")}, "that edits"),
-    (lambda t: t | {_FIRST: np.zeros((32, 4, 3, 3), "f")}, "! conv_in/kernel"),
+    (lambda t: t | {_FIRST: np.zeros((7, 16, 3, 3), "f")}, "! conv_in/kernel"),
     (lambda t: t | {"edm_mean": np.ones(4, "f")}, "EDM .*Playground"),
     (lambda t: t | {"edm_vpred.sigma_max": np.ones(1, "f")}, "EDM .*CosXL"),
     (

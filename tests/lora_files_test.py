@@ -250,3 +250,19 @@ def test_zeros_are_no_lora(trees_, tmp_path):
   refused(trees_, write(tmp_path, tensors), "changes nothing")
   alpha = {f"{KOHYA}.alpha": np.float32(0)}
   refused(trees_, write(tmp_path, factors(KOHYA) | alpha), "changes nothing")
+
+
+@pytest.mark.parametrize(
+  "name, said",
+  [
+    ("model.diffusion_model.input_blocks.0.0.weight", "a checkpoint of Stable"),
+    ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
+    ("emb_params", "a textual inversion"),
+    ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", "Flux, SD3"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "Flux, SD3"),
+    ("encoder.conv_in.weight", "a VAE alone"),
+  ],
+)
+def test_what_is_no_lora_of_this_base(trees_, tmp_path, name, said):
+  path = write(tmp_path, {name: A})
+  refused(trees_, path, f"matches no module .*{said}")

@@ -454,6 +454,6 @@ def _is_export(path: pathlib.Path) -> bool:
   if not file.is_file():
     return False
   try:
-    return spec_lib.MARK in json.loads(file.read_text(encoding="utf-8-sig"))
+    return spec_lib.MARK in json.loads(file.read_bytes())
   except ValueError:
     return False  # Whoever reads it next says so.

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.Image
 
-from dppp_jax import errors, logs, types
+from dppp_jax import errors, files, logs, types
 from dppp_jax.data import images
 from dppp_jax.geneperson import (
   compose,
@@ -214,7 +214,7 @@ class Pool:
   def _whole_files(self) -> dict[str, pathlib.Path]:
     """Returns the files by their stems, each compared with its digest."""
     found = {}
-    for path in sorted(self.folder.glob("*.png")):
+    for path in files.visible(self.folder, ".png"):
       stem, _, digest = path.stem.rpartition("-")
       if _digest(path.read_bytes()) != digest:
         raise errors.UserError(

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import logging
 
-from dppp_jax import errors
+from dppp_jax import errors, files
 from dppp_jax.data import shards
 from dppp_jax.geneperson import dataset, disk, groups, remedies
 
@@ -243,7 +243,7 @@ class Store:
       is_free = disk.is_free(self._parts / "stripes.lock")
       if path.exists() and (_entries(self._parts) or not is_free):
         _compare(path, self._config)
-      elif not path.exists() and any(self._parts.glob("*.tfrecord")):
+      elif not path.exists() and files.visible(self._parts, ".tfrecord"):
         raise errors.UserError(
           f"{path}: missing, so nobody knows what the parts beside it are:"
           " remove the folder"
@@ -433,7 +433,7 @@ def _differences(held: Any, config: Any, where: str = "") -> list[str]:
 def _entries(folder: pathlib.Path) -> list[Entry]:
   """Returns the entries of all stripes by pid."""
   entries = {}
-  for path in sorted(folder.glob("*.journal")):
+  for path in files.visible(folder, ".journal"):
     for entry in _read_journal(path)[0]:
       entries[entry.pid] = entry
   return [entries[pid] for pid in sorted(entries)]

@@ -254,7 +254,7 @@ def load(path: str | pathlib.Path) -> Vocabulary:
       repeated words, or rules about words that are in no list.
   """
   try:
-    raw = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    raw = json.loads(pathlib.Path(path).expanduser().read_bytes())
   except (OSError, ValueError) as error:
     raise errors.UserError(
       f"{path} cannot be read as a vocabulary ({error})"

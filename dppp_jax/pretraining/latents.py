@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import logs, trees
+from dppp_jax import files, logs, trees
 from dppp_jax.models import vae
 from dppp_jax.weights import diffusers_folder
 
@@ -45,7 +45,7 @@ def moments(
   """
   folder = pathlib.Path(folder)
   digest = hashlib.sha256()
-  for file in sorted(folder.glob("*.safetensors")):
+  for file in files.visible(folder, ".safetensors"):
     digest.update(file.read_bytes())
   first = images[0] if transform is None else transform(0, images[0])
   digest.update(np.ascontiguousarray(first))

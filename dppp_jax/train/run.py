@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dppp_jax import checkpoints, errors, paths
+from dppp_jax import checkpoints, errors, files, paths
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -47,7 +47,7 @@ def prepare(
     # Folders of models have a config.json too.
     if path.exists() and (checkpoints.steps(workdir) or not about.exists()):
       _check_held(path, config, free)
-    elif not path.exists() and workdir.exists() and any(workdir.iterdir()):
+    elif not path.exists() and workdir.exists() and files.has_visible(workdir):
       raise errors.UserError(
         f"{workdir}: not empty and not a run folder; choose another --workdir"
       )

@@ -13,6 +13,12 @@ _KINDS = (
   (r"lora_controlnet", "a control-LoRA"),
   (r"lllite_.*", "a ControlNet-LLLite"),
   (
+    r"lora_(?:unet|transformer)_(?:double|single|joint)_.*"
+    r"|(?:transformer\.)?(?:single_transformer|double|joint)_blocks\..*lora.*"
+    r"|transformer\.(?:single_)?transformer_blocks\..*",
+    "a LoRA of Flux, SD3 or another transformer",
+  ),
+  (
     r".*[._]lora[._](?:up|down|[AB])\..*|.*\.lora_(?:up|down|mid)\..*"
     r"|.*\.(?:hada_w1_a|hada_w1_b|lokr_w[12](?:_a)?)",
     "a LoRA",

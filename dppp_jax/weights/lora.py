@@ -22,7 +22,7 @@ from absl import logging
 import numpy as np
 
 from dppp_jax import errors, logs, trees, types
-from dppp_jax.weights import lora_keys
+from dppp_jax.weights import kinds, lora_keys
 
 _SHOWN = 3  # Names in an error.
 _LEAVES = ("kernel", "scale", "embedding")
@@ -285,9 +285,11 @@ def _check_matched(lora: Lora, file: lora_keys.File, allow: bool) -> None:
       " same"
     )
   if not file.modules:
+    kind = kinds.called(file.unmatched)
+    said = f"{kind}; " if kind else ""
     raise errors.UserError(
-      f"{file.path} matches no module of this base model (it holds"
-      f" {', '.join(file.unmatched[:_SHOWN]) or 'nothing'}): is it a LoRA, and"
+      f"{file.path} matches no module of this base model (it holds {said}"
+      f"{', '.join(file.unmatched[:_SHOWN]) or 'nothing'}): is it a LoRA, and"
       " for this kind of Stable Diffusion?"
     )
   if unmatched and not allow:

@@ -79,7 +79,7 @@ def save(
     else:
       tensors[prefix + down_name] = down.T
       tensors[prefix + up_name] = up.T
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_name(f".{path.name}.tmp")
   export.write_tensors(scratch, tensors, dtype=dtype, metadata=metadata)
