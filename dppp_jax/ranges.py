@@ -97,27 +97,29 @@ def check(values: Any, table: Mapping[str, Range], *, where: str = "") -> None:
       for field in dataclasses.fields(values)
     }
   for key, value in values.items():
-    _check_key(f"{where}{key}", value, table)
+    _check_key(where, key, value, table)
 
 
-def _check_key(name: str, value: Any, table: Mapping[str, Range]) -> None:
-  parts = name.split(".")
+def _check_key(
+  where: str, path: str, value: Any, table: Mapping[str, Range]
+) -> None:
+  parts = path.split(".")
   ends = (".".join(parts[start:]) for start in range(len(parts)))
   allowed = next((table[end] for end in ends if end in table), None)
-  if isinstance(value, Mapping):
-    inside = {key: allowed for key in value} if allowed else {}
-    check(value, {**table, **inside}, where=f"{name}.")
-    return
   items = value if isinstance(value, (tuple, list)) else (value,)
-  if any(isinstance(item, Mapping) for item in items):
+  if isinstance(value, Mapping):
+    inside = dict.fromkeys(value, allowed) if allowed else {}
+    for key, item in value.items():
+      _check_key(where, f"{path}.{key}", item, {**table, **inside})
+  elif any(isinstance(item, Mapping) for item in items):
     for number, item in enumerate(items):
-      _check_key(f"{name}[{number}]", item, table)
+      _check_key(where, f"{path}[{number}]", item, table)
   elif allowed and value is not None:
-    one(name, value, allowed)
+    one(f"{where}{path}", value, allowed)
   else:
     for item in items:
       if isinstance(item, float):
-        one(name, item, ANY)
+        one(f"{where}{path}", item, ANY)
 
 
 def one(name: str, value: Any, allowed: Range) -> None:

@@ -233,6 +233,55 @@ def test_bad_folders_are_named(tmp_path, build, says):
   assert "\n" not in message
 
 
+@pytest.mark.parametrize("is_absent", [True, False])
+def test_training_pictures_may_be_missing(tmp_path, is_absent):
+  files = {k: v for k, v in MARKET.items() if k != "bounding_box_train"}
+  folder = write(tmp_path / "market1501", files)
+  if not is_absent:
+    (folder / "bounding_box_train").mkdir(exist_ok=True)
+  found = benchmarks.load("market1501", tmp_path, allow_partial=True)
+  assert len(found.train) == 0 and found.train.counts.ids == 0
+  assert len(found.query) and len(found.gallery)
+  with pytest.raises(errors.UserError, match="bounding_box_train"):
+    benchmarks.load(
+      "market1501", tmp_path, allow_partial=True, needs=("train",)
+    )
+
+
+def test_training_needs_no_query(tmp_path):
+  name = "bounding_box_train"
+  write(tmp_path / "market1501", {name: MARKET[name]})
+  found = benchmarks.load(
+    "market1501", tmp_path, allow_partial=True, needs=("train",)
+  )
+  assert len(found.train) and not len(found.query) and not len(found.gallery)
+
+
+def test_what_a_mac_leaves_is_no_picture(tmp_path, monkeypatch):
+  folder = write(tmp_path / "market1501", MARKET)
+  for name in ("._0001_c1s1_001051_00.jpg", ".DS_Store"):
+    (folder / "query" / name).touch()
+  write(tmp_path / "._market1501", MARKET)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  found = benchmarks.load("market1501", "~", allow_partial=True)
+  assert found.root == folder
+  assert len(found.query) == len(MARKET["query"])
+
+
+def test_upper_case_and_other_suffixes_are_read(tmp_path):
+  files = {
+    k: [x.replace(".jpg", s) for x, s in zip(v, (".JPG", ".PNG", ".tif") * 9)]
+    for k, v in MARKET.items()
+  }
+  write(tmp_path / "a", MARKET)
+  write(tmp_path / "b", files)
+  counts = [
+    benchmarks.load("market1501", tmp_path / name, allow_partial=True).counts
+    for name in "ab"
+  ]
+  assert counts[0] == counts[1]
+
+
 def test_two_copies_are_not_guessed_between(tmp_path):
   write(tmp_path / "market1501", MARKET)
   write(tmp_path / "Market-1501-v15.09.15", MARKET)

@@ -13,6 +13,7 @@ from dppp_jax import cli, errors
 
 _CONFIG = """
 import ml_collections
+from ml_collections import config_dict
 
 from dppp_jax import errors
 
@@ -25,6 +26,11 @@ def get_config(arg="base"):
   config.use_ema = True
   config.name = "x"
   config.size = (256, 128)
+  config.names = ("market1501", "dukemtmcreid")
+  config.none = ()
+  config.gain = config_dict.FieldReference((0.5, 1.5))
+  config.root = config_dict.placeholder(str)
+  config.phases = (dict(lr=1.0),)
   config.sampler = ml_collections.ConfigDict({"P": 8, "K": 4})
   return config
 """
@@ -76,6 +82,11 @@ def test_overrides_have_the_fields_types(config_file):
     "use_ema": False,
     "name": "street",
     "size": (256, 128),
+    "names": ("market1501", "dukemtmcreid"),
+    "none": (),
+    "gain": (0.5, 1.5),
+    "root": None,
+    "phases": ({"lr": 1.0},),
     "sampler": {"P": 16, "K": 4},
   }
   assert isinstance(config["lr"], float) and seed == 3
@@ -85,6 +96,94 @@ def test_overrides_have_the_fields_types(config_file):
 def test_tuples(config_file, text):
   config, _ = _parsed(config_file, f"--config.size={text}")
   assert config["size"] == (384, 192)
+
+
+@pytest.mark.parametrize(
+  ("text", "value"),
+  [
+    ("a,b", ("a", "b")),
+    ("(a, b)", ("a", "b")),
+    ("['a','b']", ("a", "b")),
+    ("a,\"b\",'c'", ("a", "b", "c")),
+    ("'a,b',c", ("a,b", "c")),
+    ("a,", ("a",)),
+    ("'a b'", ("a b",)),
+    ("", ()),
+    ("()", ()),
+  ],
+)
+def test_words_are_split_at_commas(config_file, text, value):
+  for key in ("names", "none"):
+    config, _ = _parsed(config_file, f"--config.{key}={text}")
+    assert config[key] == value
+    config, _ = _parsed(config_file, f"--config.{key}", text)
+    assert config[key] == value
+
+
+def test_numbers_of_a_tuple_that_is_empty_by_default(config_file):
+  for text, value in (("1,2", (1, 2)), ("1,2.5", (1.0, 2.5)), ("-1", (-1,))):
+    config, _ = _parsed(config_file, f"--config.none={text}")
+    assert config["none"] == value and type(config["none"][0]) is type(value[0])
+
+
+def test_a_tuple_given_twice_is_both(config_file):
+  words = ("--config.names=a", "--config.names=b,c")
+  assert _parsed(config_file, *words)[0]["names"] == ("a", "b", "c")
+
+
+def test_optional_values_may_be_none(config_file):
+  parsed = lambda *words: _parsed(config_file, *words)[0]
+  assert parsed("--config.gain=None")["gain"] is None
+  assert parsed("--config.gain=0.6,1")["gain"] == (0.6, 1.0)
+  assert parsed("--config.root=None")["root"] is None
+  assert parsed("--config.root=a", "--config.root=None")["root"] is None
+  assert parsed("--config.root=None", "--config.root=a")["root"] == "a"
+
+
+def test_paths_of_flags(monkeypatch, tmp_path, capsys):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  seen = []
+
+  def call(*words):
+    with pytest.raises(SystemExit) as info:
+      cli.run(
+        lambda args: seen.append(args.out),
+        define_flags=lambda: cli.path("out", "usual", "A folder."),
+        argv=["prog", *words],
+      )
+    return info.value.code or 0
+
+  assert call("--out=~/data") == call("--out", "a/~b") == call() == 0
+  assert seen == [f"{tmp_path}/data", "a/~b", "usual"]
+  assert call("--out=") == 2
+  _assert_one_line(capsys.readouterr().err, "--out=: is empty: give a path")
+  assert call("--out=~nobody-of-that-name/x") == 2
+  _assert_one_line(capsys.readouterr().err, "no such home folder")
+
+
+def test_flags_that_do_nothing(config_file, capsys):
+  idle = {"seed": "it is drawn", "config.sampler": "nothing is sampled"}
+  main = lambda args: cli.refuse_idle(args, idle)
+  call = lambda *words: _call(
+    main, f"--config={config_file}", *words, config=""
+  )
+  assert call("--config.steps=3") == 0
+  for words, says in (
+    (["--seed=0"], "--seed does nothing here: it is drawn; leave it out"),
+    (["--config.sampler.P=8"], "--config.sampler.P does nothing here: nothing"),
+  ):
+    assert call(*words) == 2
+    _assert_one_line(capsys.readouterr().err, says)
+  assert (
+    _call(
+      lambda args: cli.refuse_idle(args, {"config.names": "x"}),
+      f"--config={config_file}",
+      "--config.names=a",
+      config="",
+    )
+    == 2
+  )
+  _assert_one_line(capsys.readouterr().err, "--config.names does nothing")
 
 
 def test_space_between_key_and_number_is_fine(config_file):
@@ -131,6 +230,16 @@ def test_default_config_is_found_from_anywhere(tmp_path, monkeypatch):
     (["--config.use_ema", "false"], "write --config.use_ema=false"),
     (["--config.use_ema=maybe"], "--config.use_ema=maybe"),
     (["--config.size=a,b"], "--config.size"),
+    (["--config.size=256 128"], r"like its default \(256, 128\)"),
+    (["--config.size=None"], "--config.size=None: write it like"),
+    (["--config.names=a b"], "--config.names=a b: write it like"),
+    (["--config.names=a,,b"], "--config.names=a,,b: write it like"),
+    (["--config.names=(a"], r"--config.names=\(a: write it like"),
+    (["--config.names='a"], "--config.names='a: write it like"),
+    (["--config.names=None"], "--config.names=None: write it like"),
+    (["--config.none=a b"], "write numbers, or words, with commas between"),
+    (["--config.gain=x,y"], "--config.gain=x,y: write it like"),
+    (["--config.phases=1,2"], "--config.phases=1,2: write it like"),
     (["--seed=x"], "--seed=x"),
     (["--sed=1"], "Unknown command line flag 'sed'"),
     (["fast", "--seed=1"], "unexpected word 'fast'"),

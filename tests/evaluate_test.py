@@ -3,16 +3,17 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from dppp_jax import checkpoints, cli
+from dppp_jax import checkpoints, cli, errors
 from dppp_jax.data import benchmarks, images, shards
 from dppp_jax.data import source as source_lib
+from dppp_jax.evals import domains, extractor, retrieval
 from dppp_jax.evals import export as evals_export
-from dppp_jax.evals import extractor, retrieval
 from dppp_jax.evals import spec as spec_lib
 from dppp_jax.models import clip, heads
 from dppp_jax.weights import export
@@ -215,6 +216,82 @@ def test_run_with_reranking_and_distances(
   assert "Distance to Market-1501" in (out / "report.html").read_text()
 
 
+def test_any_two_models_in_the_figure(
+  run_folder, clip_folder, root, tmp_path, capsys, monkeypatch
+):
+  rng = np.random.default_rng(0)
+  virtual = source_lib.Arrays(
+    rng.integers(0, 256, (9, 24, 16, 3), dtype=np.uint8), np.arange(9)
+  )
+  monkeypatch.setattr(shards, "load", lambda data_dir: virtual)
+  words = (f"--workdir={run_folder}", f"--benchmark_root={root}")
+  out = tmp_path / "out"
+  code, _, err = evaluate(
+    capsys, *words, "--data_dir=x", f"--baseline={clip_folder}", f"--out={out}"
+  )
+  assert code == 0, err
+  values = json.loads((out / "evaluation.json").read_text())
+  first, second = values["domain_distances"]["Market-1501"].items()
+  assert first[0] == "baseline tiny, projected"
+  assert second[0] == "dppp, content"
+  assert first[1]["model"] == str(clip_folder)
+  assert first[1]["image_size"] == [24, 12]
+  assert second[1]["image_size"] == [24, 16]
+  data = benchmarks.load("market1501", root, allow_partial=True)
+  model = extractor.load_extractor(clip_folder, batch_size=16)
+  expected = domains.between({"a": model}, data.gallery, virtual)["a"]
+  assert first[1]["mean"] == pytest.approx(float(expected.mean()), abs=1e-9)
+  page = (out / "report.html").read_text()
+  assert "baseline tiny, projected: feature projected of 24 x 12" in page
+  code, _, err = evaluate(
+    capsys, *words, f"--baseline={clip_folder}", f"--out={tmp_path / 'b'}"
+  )
+  assert code == 2 and "--baseline does nothing here: Fig. 6 needs" in err
+
+
+def test_features_are_float32_unless_asked(run_folder, root, tmp_path, capsys):
+  scores = {}
+  for dtype, words in (
+    ("float32", ()),
+    ("bfloat16", ("--dtype=bfloat16",)),
+  ):
+    out = tmp_path / dtype
+    code, _, _ = evaluate(
+      capsys,
+      f"--workdir={run_folder}",
+      f"--benchmark_root={root}",
+      f"--out={out}",
+      *words,
+    )
+    assert code == 0
+    (found,) = json.loads((out / "evaluation.json").read_text())["evaluations"]
+    assert found["dtype"] == dtype
+    assert dtype in (out / "report.html").read_text()
+    scores[dtype] = found["scores"]
+  assert scores["float32"] != scores["bfloat16"]
+
+
+def test_a_checkpoint_gives_the_feature_of_its_stage(run_folder, tmp_path):
+  """A run that has gone on to PSD; the older checkpoint has no projector."""
+  workdir = tmp_path / "run"
+  _, params = checkpoints.restore_model(run_folder)
+  manager = checkpoints.Manager(workdir)
+  for step, tree in ((2, {"clip": params["clip"]}), (5, params)):
+    manager.save(
+      step, params=tree, collections={}, opt={"n": np.zeros(1)}, data={}
+    )
+  manager.close()
+  shutil.copy(run_folder / "extractor.json", workdir)
+  load = lambda **words: extractor.load_extractor(workdir, **words).spec.feature
+  assert load() == load(step=5) == "content"
+  assert load(step=2) == load(step=2, feature="projected") == "projected"
+  with pytest.raises(errors.UserError, match=r"stage ptl.*'projected'"):
+    load(step=2, feature="content")
+  # The newest one is damaged: the one before it is of PTL.
+  shutil.rmtree(workdir / "checkpoints/5/model")
+  assert load() == "projected"
+
+
 def test_export_then_evaluate(run_folder, root, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(evals_export, "program", lambda model: b"")
   folder = tmp_path / "extractor"
@@ -290,6 +367,7 @@ def spoilt(run_folder, tmp_path, change):
     ("content of a clip", "needs the projector"),
     ("no step", "no step 4"),
     ("no batch", "batch_size"),
+    ("step of a clip", "--step does nothing here"),
     ("nan", "visual_projection/kernel holds NaN"),
     ("other", "is it a checkpoint of another model"),
     ("no root", "benchmark_root"),
@@ -308,6 +386,7 @@ def test_bad_input_ends_with_one_line(
     "content of a clip": (model, data, "--feature=content"),
     "no step": (f"--workdir={run_folder}", "--step=4", data),
     "no batch": (model, data, "--batch_size=0"),
+    "step of a clip": (model, data, "--step=4"),
     "no root": (model,),
     "unknown flag": (model, data, "--colour=1"),
   }.get(case)

@@ -199,6 +199,69 @@ def test_corrupt_files(clip_folder, tmp_path):
   np.testing.assert_array_equal(features, run(images[kept]))
 
 
+@pytest.mark.parametrize("kind", ["jax", "torch"])
+def test_arrays_of_other_libraries(clip_folder, kind):
+  run = load(clip_folder)
+  image = pictures(1)[0]
+  to = jnp.asarray if kind == "jax" else torch.tensor
+  expected = run([image])
+  for several in ([to(image)], to(image)[None], iter([to(image)])):
+    np.testing.assert_array_equal(run(several), expected)
+  with pytest.raises(errors.UserError, match="not one image"):
+    run(to(image))
+  with pytest.raises(errors.UserError, match=r"image 0 is float32"):
+    run([to(image) / 255])
+
+
+def test_pictures_of_pillow_paths_bytes_and_home(
+  clip_folder, tmp_path, monkeypatch
+):
+  run = load(clip_folder)
+  image = PIL.Image.fromarray(pictures(1)[0])
+  image.save(tmp_path / "a.png")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  expected = run([np.asarray(image)])[0]
+  data = (tmp_path / "a.png").read_bytes()
+  found = run([image, "~/a.png", data, bytearray(data), image.convert("CMYK")])
+  for row in found:
+    np.testing.assert_array_equal(row, expected)
+  np.testing.assert_array_equal(run(tmp_path.glob("*.png"))[0], expected)
+  paths = np.array([str(tmp_path / "a.png")])
+  np.testing.assert_array_equal(run(paths)[0], expected)
+  assert run([]).shape == run(iter(())).shape == (0, PROJECTED)
+  for one in (image, data, {"a": image}, {"~/a.png"}, None, 3):
+    with pytest.raises(errors.UserError, match="list of images"):
+      run(one)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"image_size": 224}, "image_size 224: give height and width"),
+    ({"image_size": (96.0, 48.0)}, "image_size"),
+    ({"image_size": ()}, "image_size"),
+    ({"image_size": (10**9, 10**9)}, "image_size"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"batch_size": 2.0}, "batch_size=2.0"),
+    ({"dtype": "fp16"}, "dtype 'fp16': choose one of float32, bfloat16"),
+    ({"dtype": 3}, "dtype '3'"),
+    ({"step": 1.5}, "step=1.5"),
+    ({"step": 0}, "is no run folder"),
+    ({"feature": ""}, "feature '' is unknown"),
+  ],
+)
+def test_arguments_without_meaning(clip_folder, options, message):
+  with pytest.raises(errors.UserError, match=message) as caught:
+    extractor.load_extractor(clip_folder, **options)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["", None, 3, "~nobody-of-that-name/x"])
+def test_paths_that_are_none(path):
+  with pytest.raises(errors.UserError):
+    extractor.load_extractor(path)
+
+
 @pytest.mark.parametrize(
   "images, message",
   [
@@ -313,7 +376,13 @@ def spoil(folder, **changes):
     (dict(colour=1), r"config.json: the key 'colour' is unknown"),
     (dict(feature="best"), "feature 'best' is unknown"),
     (dict(projector=None), "needs the projector that stage psd trains"),
-    (dict(image_size=5), "config.json: "),
+    (dict(image_size=5), "config.json: image_size 5"),
+    (dict(image_size=[24.0, 12.0]), "config.json: image_size"),
+    (dict(mean=[0.5, 0.5]), r"config.json: mean=.*three finite numbers"),
+    (dict(std=[0.5, 0.0, 0.5]), "config.json: std=.*above 0"),
+    (dict(std=0.5), "config.json: std=0.5"),
+    (dict(projector={"features": 6}), "config.json: projector"),
+    (dict(projector=7), "config.json: projector 7"),
     (dict(vision={"hidden": 3}), "config.json: .*hidden"),
     (dict(projection_dim=9), "do not fit the model"),
   ],

@@ -1,6 +1,8 @@
 """Decoding, encoding and resizing, and the in-memory source."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -154,3 +156,129 @@ def test_contact_sheet_lays_rows_out_and_leaves_white():
   small = images.contact_sheet([[flat(10), flat(20)]], max_height=4)
   assert small.shape == (4, 4, 3) and small[0, 3, 0] == 20
   assert images.contact_sheet([[]]).shape == (1, 1, 3)
+
+
+def _small_picture():
+  rng = np.random.default_rng(0)
+  noise = PIL.Image.fromarray(rng.integers(0, 256, (4, 2, 3), np.uint8))
+  return noise.resize((24, 48), PIL.Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "HSV", "YCbCr", "RGBX", "RGBa"])
+def test_modes_keep_what_is_shown(mode):
+  shown = _small_picture()
+  source = shown.convert("RGBA") if mode == "RGBa" else shown
+  given = source.quantize(256) if mode == "P" else source.convert(mode)
+  found = images.of_pillow(given, name="x").astype(int)
+  assert np.abs(found - np.asarray(shown)).mean() < 10  # The palette's steps.
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "I;16", "I;16B"])
+def test_grey_of_any_depth_is_grey(mode):
+  grey = np.arange(0, 256, 5, dtype=np.uint8).reshape(4, 13)
+  image = PIL.Image.fromarray(grey)
+  if mode.startswith("I"):
+    order = ">u2" if mode.endswith("B") else "<u2"
+    data = (grey.astype(np.uint16) * 257).astype(order).tobytes()
+    image = PIL.Image.frombytes(mode, (13, 4), data)
+  elif mode == "1":
+    image = image.point(lambda x: 255 * (x > 99)).convert("1")
+    grey = np.where(grey > 99, 255, 0)
+  else:
+    image = image.convert("LA" if mode == "La" else mode).convert(mode)
+  found = images.of_pillow(image, name="x")
+  np.testing.assert_array_equal(found, np.repeat(grey[:, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_of_exif_is_applied(file_format):
+  shown = _small_picture()
+  exif = PIL.Image.Exif()
+  exif[0x112] = 6  # To be turned by a quarter, clockwise.
+  buffer = io.BytesIO()
+  turned = shown.transpose(PIL.Image.Transpose.ROTATE_90)
+  turned.save(buffer, file_format, exif=exif, quality=95)
+  found = images.decode(buffer.getvalue(), name="x")
+  assert found.shape == (48, 24, 3)
+  assert np.abs(found.astype(int) - np.asarray(shown)).mean() < 8
+
+
+def _png_header(width, height):
+  def chunk(kind, data):
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+  head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", head)
+    + chunk(b"IDAT", zlib.compress(b""))
+    + chunk(b"IEND", b"")
+  )
+
+
+@pytest.mark.parametrize(
+  ("data", "says"),
+  [
+    (b"", "an empty file"),
+    (b"hello there" * 9, "text"),
+    (b"\xef\xbb\xbf<!DOCTYPE html>\n\xff", "an HTML page"),
+    (b'<?xml version="1.0"?><svg>', "SVG"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "HEIC: convert it"),
+    (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    (_png_header(0, 5), "cannot be decoded"),
+    (_png_header(10_000, 10_000), "more than 89,478,485 pixels"),
+    (_png_header(100_000, 100_000), "more than 89,478,485 pixels"),
+  ],
+)
+def test_what_is_no_picture_is_called_by_its_name(data, says):
+  with pytest.raises(images.CorruptImageError, match=says) as caught:
+    images.decode(data, name="a/b.jpg")
+  assert str(caught.value).startswith("a/b.jpg: ")
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_several_pictures_in_a_file_are_refused(file_format):
+  first = _small_picture()
+  buffer = io.BytesIO()
+  second = first.point(lambda x: 255 - x)
+  first.save(buffer, file_format, save_all=True, append_images=[second])
+  with pytest.raises(images.CorruptImageError, match="holds 2 pictures"):
+    images.decode(buffer.getvalue(), name="x")
+
+
+@pytest.mark.parametrize(
+  ("array", "says"),
+  [
+    (np.full((4, 4), 0.5, np.float32), "floats"),
+    (np.full((4, 4), 70_000, np.int32), "32-bit integers"),
+    (np.full((4, 4), 200, np.uint16), "16-bit values of at most 200"),
+    (np.full((4, 4), 4095, np.uint16), "16-bit values of at most 4095"),
+  ],
+)
+def test_values_of_unknown_range_are_refused(array, says):
+  with pytest.raises(images.CorruptImageError, match=says):
+    images.decode(_encoded(array, "TIFF"), name="x.tif")
+
+
+@pytest.mark.parametrize(
+  ("array", "says"),
+  [
+    (np.zeros((5, 6, 3), np.float32), r"\(255 \* image\)"),
+    (np.full((5, 6, 3), 200.0), r"image\.astype"),
+    (np.full((5, 6, 3), -0.5), "before it was normalised"),
+    (np.full((5, 6, 3), np.nan), "before it was normalised"),
+    (np.zeros((5, 6, 3), np.uint16), "257"),
+    (np.zeros((5, 6, 3), bool), "is bool"),
+    (np.zeros((3, 6, 7), np.uint8), "channels first"),
+    (np.zeros((5, 6, 2), np.uint8), "2 channels"),
+    (np.zeros((0, 6, 3), np.uint8), r"uint8 \(0, 6, 3\)"),
+    (None, "is NoneType"),
+    ([[1, 2], [3]], "no array"),
+  ],
+)
+def test_arrays_that_are_no_picture(array, says):
+  with pytest.raises(errors.UserError, match=f"^image 3 .*{says}") as caught:
+    images.of_array(array, name="image 3")
+  assert "\n" not in str(caught.value)
