@@ -280,7 +280,10 @@ def test_folder_that_is_no_run_is_not_written_to(capsys, world, tmp_path):
     (("--config.data.max_ids=-1",), "data.max_ids=-1"),
     (("--config.train.eval_every_epochs=-1",), "train.eval_every_epochs=-1"),
     (("--config.train.seed=99999999999",), "train.seed=99999999999"),
-    (("--config.eval.dtype=half",), "config eval.dtype 'half'"),
+    (
+      ("--config.eval.benchmark_root=/nowhere", "--config.eval.dtype=half"),
+      "config eval.dtype 'half'",
+    ),
     (("--config.dppp.soft_margin", "--config.dppp.margin=1"), "dppp.margin"),
     (("--config.eval.allow_partial",), "eval.allow_partial does nothing"),
     (("--config.data.data_dir=x",), "--data_dir does nothing"),
