@@ -292,7 +292,7 @@ def test_folder_that_is_no_run_is_not_written_to(capsys, world, tmp_path):
     (("--config.train.checkpoint_every=0",), "train.checkpoint_every"),
     (("--config.data.num_threads=-1",), "num_threads"),
     # absl adds to the size that `train` gives.
-    (("--config.data.image_size=3",), "config data.image_size (32, 16, 3)"),
+    (("--config.data.image_size=3",), "config data.image_size=(32, 16, 3)"),
     (("--config.data.interpolation=box",), "config data.interpolation 'box'"),
     (("--config.eval.interpolation=box",), "config eval.interpolation 'box'"),
     (("--config.eval.feature=contnet",), "config eval.feature 'contnet'"),

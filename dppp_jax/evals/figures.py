@@ -141,7 +141,7 @@ def distance_distributions(
   Args:
     distances: label -> [num], of `domains.between`.
   """
-  columns = 2
+  columns = 2 if max(map(len, distances)) <= 24 else 1  # Or they run out.
   lines = 1 + -(-len(distances) // columns)  # Of the legend, with its title.
   margins = (0.11, 0.14, 0.97, 1 - 0.075 * lines)
   figure, axes = _figure(6.4, 3.8, margins)
