@@ -1,5 +1,9 @@
-"""Guard rails for every test: CPU, two devices of it, no rank promotion."""
+"""Guard rails for every test: CPU, two devices of it, no rank promotion.
 
+And what keeps the processes of the tests small, and of one length.
+"""
+
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -7,6 +11,39 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
+
+from dppp_jax import process
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Modules of a minute and more begin first, so that no process of the tests ends
+# long after the other.
+_LONG = (
+  "diffusion_training_test",
+  "generation_test",
+  "mini_sdxl_test",
+  "matting_training_test",
+  "sampling_test",
+  "training_test",
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the tests of long modules first; the others keep their order."""
+  rank = {name: number for number, name in enumerate(_LONG)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+# Launchers that a test runs in its own process would let that process keep all
+# memory that it ever had.
+process.tune_memory = lambda: None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+  """Forgets a module's programs after it: all together took gigabytes."""
+  yield
+  jax.clear_caches()
+  gc.collect()

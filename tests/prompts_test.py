@@ -174,7 +174,7 @@ def test_prompts_read_together_are_those_read_alone(whole):
 
   def scored(read):
     score = lambda *a: jnp.sum(jnp.stack(read(*a)) * weights)
-    return jax.value_and_grad(score, argnums=(0, 1))
+    return jax.jit(jax.value_and_grad(score, argnums=(0, 1)))
 
   with jax.enable_x64(True):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
