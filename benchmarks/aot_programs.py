@@ -68,27 +68,6 @@ _CANVASES = (
   ("sdxl", "denoise", 8, 12.0, 140),
 )
 
-_TINY_CLIP = clip.Config(
-  vision=clip.VisionConfig(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=32,
-    patch_size=8,
-  ),
-  text=clip.TextConfig(
-    vocab_size=60,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=20,
-    bos_token_id=58,
-    eos_token_id=59,
-  ),
-  projection_dim=16,
-)
 _TINY_TEXT = dict(
   hidden_size=16,
   intermediate_size=32,
@@ -259,21 +238,13 @@ def _begun(stage: stage_lib.Stage) -> tuple[Any, Any]:
 
 def paper_setting(tiny: bool) -> ptl.Setting:
   """Returns the sizes of configs/dppp.py, for a GPU."""
+  if tiny:
+    return ptl.settings(gpu=True)["tiny"]
   given = config("dppp")
   options, net = dppp.Options(**given["dppp"]), clip.VARIANTS["ViT-B/16"]
+  size, people = tuple(given["data"]["image_size"]), 6641
   P, K = given["train"]["P"], given["train"]["K"]
-  if not tiny:
-    size = tuple(given["data"]["image_size"])
-    return ptl.Setting(net, size, P, K, 6641, options, True)
-  options = dataclasses.replace(
-    options,
-    num_styles=4,
-    num_selected=2,
-    style_hidden=16,
-    content_hidden=16,
-    projector_hidden=16,
-  )
-  return ptl.Setting(_TINY_CLIP, (32, 16), 2, 2, 5, options, True)
+  return ptl.Setting(net, size, P, K, people, options, True)
 
 
 def _paper(tiny: bool, *, name: str, placement: str = "device") -> Job:
@@ -407,7 +378,7 @@ def _u2net_training(tiny: bool) -> Job:
 
 def _spec(tiny: bool) -> spec_lib.Spec:
   """Returns how DPPP's content features are read."""
-  net = _TINY_CLIP if tiny else clip.VARIANTS["ViT-B/16"]
+  net = ptl.TINY if tiny else clip.VARIANTS["ViT-B/16"]
   size = (32, 16) if tiny else config("dppp")["data"]["image_size"]
   found = dppp.extractor_spec(
     net, stage="psd", image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3
@@ -567,9 +538,9 @@ def programs() -> tuple[Program, ...]:
     ),
     Program(
       name="export",
-      about="the exported program, 64 pictures, float32",
+      about="the exported program, 64 pictures, float32, its weights inside",
       build=_export,
-      peak=0.7,
+      peak=0.3,
       wide=None,
       options=_NO_TRITON,
     ),

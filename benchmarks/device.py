@@ -47,7 +47,7 @@ _SCRIPTS = {
   "ptl": (
     ["train_step.py", "--rounds", "5", "--steps", "10"],
     [
-      *("train_step.py", "--model", "mini", "--rounds", "1"),
+      *("train_step.py", "--model", "tiny", "--rounds", "1"),
       "--no_compile",
     ],
   ),

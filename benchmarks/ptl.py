@@ -21,6 +21,28 @@ from dppp_jax.weights import export, load
 
 _SEED = 0
 _CHECKED_STEPS = 3  # The third sees two updates of Adam.
+# Of tests: both towers, and nothing that takes time.
+TINY = clip.Config(
+  vision=clip.VisionConfig(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=8,
+  ),
+  text=clip.TextConfig(
+    vocab_size=60,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=20,
+    bos_token_id=58,
+    eos_token_id=59,
+  ),
+  projection_dim=16,
+)
 
 
 class _Words:
@@ -111,6 +133,7 @@ def settings(*, gpu: bool) -> dict[str, Setting]:
     projection_dim=128,
   )
   side = 8 if gpu else 2
+  small = dict(style_hidden=16, content_hidden=16, projector_hidden=16)
   return {
     "vit-b-16": Setting(
       clip.VARIANTS["ViT-B/16"],
@@ -128,6 +151,15 @@ def settings(*, gpu: bool) -> dict[str, Setting]:
       8,
       200,
       dppp.Options(content_hidden=128, style_hidden=512),
+      gpu,
+    ),
+    "tiny": Setting(
+      TINY,
+      (32, 16),
+      2,
+      2,
+      5,
+      dppp.Options(num_styles=4, num_selected=2, **small),
       gpu,
     ),
   }

@@ -1,5 +1,6 @@
 """The step's benchmark: both sides compute the same, and FLOPs are counted."""
 
+import argparse
 import dataclasses
 import math
 import pathlib
@@ -14,7 +15,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import flops
 import ptl
+import remote
 import torch_ptl
+import train_step
 
 from dppp_jax.methods import dppp
 from dppp_jax.models import clip
@@ -139,3 +142,30 @@ def test_flops_of_vit_b_16():
 )
 def test_peaks(name, peak):
   assert flops.bfloat16_peak(name) == peak
+
+
+class _Ours:
+  """What a `remote.Remote` of our side answers."""
+
+  def __init__(self, path, *args):
+    if path.startswith("torch_ptl"):
+      raise remote.Failed("RuntimeError: torch 2.13 has no CUDA device here")
+
+  def __getattr__(self, name):
+    answers = {"time": (2.0, 1.0), "matmul_flops": 1e9, "host_memory": 3}
+    return lambda *args: answers.get(name, 0.5)
+
+
+def test_where_pytorch_cannot_run_ours_is_measured_alone(monkeypatch, capsys):
+  monkeypatch.setattr(remote, "Remote", _Ours)
+  args = argparse.Namespace(model="tiny", rounds=2, steps=1, no_compile=False)
+  found = train_step._run(args, gpu=False)
+  assert found["notes"] == [
+    "torch: RuntimeError: torch 2.13 has no CUDA device here"
+  ]
+  assert list(found["variants"]) == ["ours"]
+  assert found["variants"]["ours"]["times_s"] == [2.0, 2.0]
+  assert found["peak_memory_bytes"] == {"ours": 3}
+  assert "times_faster" not in found and found["largest_difference"] is None
+  train_step._print(found)
+  assert "no CUDA device" in capsys.readouterr().out
