@@ -589,9 +589,16 @@ def programs() -> tuple[Program, ...]:
         name=f"pretrain_{name}",
         about=f"step of configs/pretrain_{name}.py, bfloat16",
         build=of(_diffusion, name=name),
-        peak=2.0,
+        peak=peak,
+        attentions=attentions,
+        wide=wide,
       )
-      for name in ("unet", "controlnet_canny", "lora")
+      for name, peak, attentions, wide in (
+        ("unet", 2.0, 0, 0.01),
+        ("controlnet_canny", 1.0, 26, 0.01),
+        # Factors are merged in float32, whose products are few.
+        ("lora", 0.2, 26, 0.02),
+      )
     ),
     Program(
       name="psd_device",
