@@ -252,7 +252,7 @@ def table(kept: dict[str, Any]) -> str:
   header = [
     "program", "what", "arguments", "temporary", "peak (bound), GB", "TFLOP",
     "GB moved", "ms by FLOP", "ms by bytes", "attentions", "convolutions",
-    "products", "other kernels", "compile s",
+    "products", "other kernels", "compile cpu s",
   ]  # fmt: skip
   rows = []
   for program in aot_programs.programs():
@@ -283,7 +283,7 @@ def table(kept: dict[str, Any]) -> str:
         *(str(kernels[kind]) for kind in ("attention", "convolution")),
         str(kernels["product"]),
         str(kernels["fusion"] + kernels["other"]),
-        f"{facts['compile_s']:.0f}",
+        f"{facts['compile_cpu_s']:.0f}",
       ]
     )
   return common.markdown(header, rows)

@@ -594,7 +594,7 @@ def programs() -> tuple[Program, ...]:
         wide=wide,
       )
       for name, peak, attentions, wide in (
-        ("unet", 2.0, 0, 0.01),
+        ("unet", 2.0, 46, 0.01),
         ("controlnet_canny", 1.0, 26, 0.01),
         # Factors are merged in float32, whose products are few.
         ("lora", 0.2, 26, 0.02),
