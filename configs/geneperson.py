@@ -141,8 +141,8 @@ def _paper() -> ml_collections.ConfigDict:
   rules.max_border, rules.max_feet = 0.1, 0.5
   rules.min_sharpness = 0.025
   # With the skeleton, of all points, head and legs the least: who lacks one of
-  # them is dropped. Measured on drawn-like cells, docs/generation.md.
-  rules.min_agreement = 0.5
+  # them is dropped. Chosen on drawn-like cells by benchmarks/rules.py.
+  rules.min_agreement = 0.6
   rules.min_difference = 3.0
 
   # May differ between runs: no picture depends on it by more than rounding.
