@@ -415,6 +415,15 @@ def test_bad_folders_are_refused(tmp_path):
     pose_bank.read_openpose(tmp_path)
 
 
+def test_what_a_mac_and_an_editor_leave_is_passed_over(tmp_path):
+  _write(tmp_path / "a.json", _person(_figure(20)))
+  text = (tmp_path / "a.json").read_bytes()
+  (tmp_path / "a.json").rename(tmp_path / "A.JSON")
+  (tmp_path / "A.JSON").write_bytes(b"\xef\xbb\xbf" + text)
+  (tmp_path / "._A.JSON").write_bytes(b"\0\5\x16\7")
+  assert len(pose_bank.read_openpose(tmp_path)) == 1
+
+
 def test_banks_of_both_kinds_are_chosen_from_together(tmp_path, bank):
   for k, azimuth in enumerate((0, 90, 180)):
     _write(tmp_path / f"{k}.json", _person(_figure(azimuth)))

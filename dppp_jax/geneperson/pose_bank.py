@@ -20,7 +20,7 @@ from typing import overload
 
 import numpy as np
 
-from dppp_jax import errors, files
+from dppp_jax import errors, files, paths
 from dppp_jax.geneperson import openpose, poses
 
 Path = str | pathlib.Path
@@ -311,7 +311,7 @@ def read_openpose(
   Raises:
     errors.UserError: as `openpose.read`, or two files hold the same skeleton.
   """
-  path = pathlib.Path(path).expanduser()
+  path = paths.expand(path)
   found = files.visible(path, ".json") if path.is_dir() else [path]
   if not found:
     raise errors.UserError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, paths
 
 PATH = pathlib.Path(__file__).with_name("vocabulary.json")
 OUTFIT = tuple(
@@ -254,7 +254,7 @@ def load(path: str | pathlib.Path) -> Vocabulary:
       repeated words, or rules about words that are in no list.
   """
   try:
-    raw = json.loads(pathlib.Path(path).expanduser().read_bytes())
+    raw = json.loads(paths.expand(path).read_bytes())
   except (OSError, ValueError) as error:
     raise errors.UserError(
       f"{path} cannot be read as a vocabulary ({error})"
