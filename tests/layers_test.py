@@ -50,6 +50,36 @@ def test_layer_norm_of_bfloat16_is_float32(rng):
   np.testing.assert_allclose(y, wide, atol=1e-5)
 
 
+def test_layer_norm_for_products_in_bfloat16_sums_in_float32(rng):
+  """Only what comes out, and the factors of `scale`, are rounded."""
+  x, dy = rng.normal(9.0, 2.0, (2, 3, 40, 64)).astype(np.float32)
+  scale, bias = rng.standard_normal((2, 64)).astype(np.float32)
+  dy = jnp.asarray(dy, jnp.bfloat16)
+  norm = layers.LayerNorm(dtype=jnp.bfloat16)
+  apply = lambda x, scale, bias: norm.apply(
+    {"params": {"scale": scale, "bias": bias}}, x
+  )
+
+  @jax.jit
+  def both(x, scale, bias):
+    y, pull = jax.vjp(apply, x, scale, bias)
+    return y, *pull(dy)
+
+  y, *grads = both(x, scale, bias)
+  assert y.dtype == jnp.bfloat16
+  given = [
+    torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    for z in (x, scale, bias)
+  ]
+  theirs = torch.nn.functional.layer_norm(given[0], (64,), *given[1:], 1e-5)
+  theirs.backward(torch.tensor(np.asarray(dy, np.float64)))
+  pairs = [(y, theirs.detach())]
+  pairs += [(g, leaf.grad) for g, leaf in zip(grads, given, strict=True)]
+  for (ours, wanted), most in zip(pairs, (3e-3, 2e-6, 3e-3, 2e-6), strict=True):
+    error = np.linalg.norm(np.asarray(ours, np.float64) - wanted.numpy())
+    assert error < most * np.linalg.norm(wanted.numpy())
+
+
 def test_product_and_its_gradients_are_numpys(rng):
   x, kernel = rng.standard_normal((2, 3, 5)), rng.standard_normal((5, 4))
   dy = rng.standard_normal((2, 3, 4))

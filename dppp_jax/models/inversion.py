@@ -122,6 +122,9 @@ class StyleExtractor(nn.Module):
     )
     tokens = jnp.broadcast_to(tokens[None], (batch, *tokens.shape))
     x = jnp.concatenate([tokens.astype(wide), patches.astype(wide)], axis=1)
+    # Or XLA would compute the gradient once for the tokens and once more for
+    # the patches.
+    x = jax.lax.optimization_barrier(x)
     for i in range(self.num_layers):
       # Only the tokens are read out: the last layer asks for no patch.
       is_last = i == self.num_layers - 1
@@ -193,7 +196,8 @@ class _Layer(nn.Module):
     project = lambda name: linear(
       width, width, use_bias=self.qkv_bias, name=f"{name}_proj"
     )
-    y = layers.LayerNorm(name="layer_norm1")(x)
+    norm = lambda name: layers.LayerNorm(dtype=self.dtype, name=name)
+    y = norm("layer_norm1")(x)
     query = project("q")(y[:, :rows])
     y = attention.of_linear(
       query.reshape(*query.shape[:2], self.num_heads, -1),
@@ -203,7 +207,7 @@ class _Layer(nn.Module):
     )
     y = linear(width, width, name="out_proj")(y.reshape(*y.shape[:2], width))
     x = x[:, :rows] + y
-    y = layers.LayerNorm(name="layer_norm2")(x)
+    y = norm("layer_norm2")(x)
     y = jax.nn.relu(linear(width, self.hidden, name="fc1")(y))
     return x + linear(self.hidden, width, name="fc2")(y)
 

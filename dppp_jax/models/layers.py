@@ -166,47 +166,61 @@ class LayerNorm(nn.Module):
 
   Attributes:
     epsilon: added to the variance.
+    dtype: of what comes out, where only products in this dtype read it; None
+      for float32 at least. Sums are float32 at least in any case.
   """
 
   epsilon: float = 1e-5
+  dtype: jax.typing.DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: types.Array) -> jax.Array:
-    """Normalises x [..., D]; float32 at least comes out."""
+    """Normalises x [..., D]."""
     shape = x.shape[-1:]
     scale = self.param("scale", nn.initializers.ones, shape)
     bias = self.param("bias", nn.initializers.zeros, shape)
     wide = stream_dtype(x.dtype)
     x, scale, bias = (y.astype(wide) for y in (x, scale, bias))
-    return _layer_norm(x, scale, bias, self.epsilon)
+    dtype = jnp.dtype(wide if self.dtype is None else self.dtype)
+    return _layer_norm(x, scale, bias, self.epsilon, dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _layer_norm(
-  x: types.Array, scale: types.Array, bias: types.Array, epsilon: float
+  x: types.Array,
+  scale: types.Array,
+  bias: types.Array,
+  epsilon: float,
+  dtype: jnp.dtype,
 ) -> jax.Array:
-  return _layer_norm_forward(x, scale, bias, epsilon)[0]
+  return _layer_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _layer_norm_forward(x, scale, bias, epsilon):
+def _layer_norm_forward(x, scale, bias, epsilon, dtype):
   mean = x.mean(-1, keepdims=True)
   centred = x - mean
   variance = jnp.square(centred).mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(variance + epsilon)
   y = centred * inverse * _row(scale, x) + _row(bias, x)
-  return y, (x, mean, inverse, scale)
+  return y.astype(dtype), (x, mean, inverse, scale)
 
 
-def _layer_norm_backward(epsilon, saved, dy):
+def _layer_norm_backward(epsilon, dtype, saved, dy):
   """The gradients in closed form: two sums a row, where autodiff takes five."""
   del epsilon
   x, mean, inverse, scale = saved
-  normed = (x - mean) * inverse
+  normed = rough = (x - mean) * inverse
+  if dtype != x.dtype:
+    # Two arrays of few bytes, each written once. XLA would rather add up the
+    # gradients of queries, keys and values for each of three readers, and keep
+    # the factors of `scale` in float32.
+    dy, rough = jax.lax.optimization_barrier((dy, normed.astype(dtype)))
+    dy, rough = dy.astype(x.dtype), rough.astype(x.dtype)
   dn = dy * _row(scale, x)
   along = (dn * normed).mean(-1, keepdims=True)
   dx = inverse * (dn - dn.mean(-1, keepdims=True) - normed * along)
   others = tuple(range(x.ndim - 1))
-  return dx, (dy * normed).sum(others), dy.sum(others)
+  return dx, (dy * rough).sum(others), dy.sum(others)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -115,12 +115,13 @@ class Block(nn.Module):
     Returns:
       x's shape; [B, 1, D], or [B * T, D] of a packing, where rows are given.
     """
-    y = layers.LayerNorm(epsilon=self.epsilon, name="layer_norm1")(x)
+    norm = lambda name: layers.LayerNorm(self.epsilon, self.dtype, name=name)
+    y = norm("layer_norm1")(x)
     y = SelfAttention(
       self.heads, self.depth, self.causal, self.dtype, name="self_attn"
     )(y, rows, packing)
     x = (x if rows is None else layers.take_rows(x, rows)) + y
-    y = layers.LayerNorm(epsilon=self.epsilon, name="layer_norm2")(x)
+    y = norm("layer_norm2")(x)
     return x + Mlp(self.hidden, self.depth, self.act, self.dtype, name="mlp")(y)
 
 
