@@ -111,8 +111,9 @@ def table(
   found: dict[str, Any] = {
     "cells": totals,
     "dropped_by_other_rules": {
-      name: 1 - len(some) / max(totals[name], 1)
+      name: 1 - len(some) / totals[name]
       for name, some in groups.items()
+      if totals[name]
     },
   }
   for measure in _MEASURES:

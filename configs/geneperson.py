@@ -141,7 +141,7 @@ def _paper() -> ml_collections.ConfigDict:
   rules.max_border, rules.max_feet = 0.1, 0.5
   rules.min_sharpness = 0.025
   # With the skeleton, of all points, head and legs the least: who lacks one of
-  # them is dropped. Chosen on drawn-like cells by benchmarks/rules.py.
+  # them is dropped. Chosen on cells that are like drawings: docs/rules.md.
   rules.min_agreement = 0.6
   rules.min_difference = 3.0
 

@@ -75,3 +75,8 @@ def test_the_page_says_what_the_table_has():
   assert "| below 0.5 | 1.0 % | 25.0 % | 50.0 % | 100.0 % |" in text
   assert "like drawings" in " ".join(text.split())
   assert "by itself" not in text
+
+
+def test_the_page_is_current():
+  page = pathlib.Path(__file__).parents[1] / "docs/rules.md"
+  assert page.read_text(encoding="utf-8") == rules.page(common.read("rules"))
