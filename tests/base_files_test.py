@@ -134,9 +134,37 @@ def test_a_layer_that_sdxl_never_reads_may_be_missing(base, tmp_path):
       f"layers_{last}/" in name or "final_layer_norm" in name
     )
     np.testing.assert_array_equal(got[name], 0 * want if unused else want)
-  other = "conditioner.embedders.1.model.ln_final."
+
+
+def test_what_the_pooled_text_needs_is_there_whole_or_not_at_all(
+  base, tmp_path, caplog
+):
+  """As published lists of the names of real SDXL files have it."""
+  configs, tensors, params = base
+  last = configs.text_encoder_2.num_hidden_layers - 1
+  prefix = "conditioner.embedders.1.model."
+  less = tensors
+  for group in (
+    f"transformer.resblocks.{last}.",
+    "ln_final.",
+    "text_projection",
+  ):
+    less = without(less, f"{prefix}{group}")
+  path = write(tmp_path, less)
+  with caplog.at_level("WARNING"):
+    single_file.peek(path, configs=configs)
+  assert "has no text_model/final_layer_norm" in caplog.text
+  got = trees.flatten(single_file.load(path, configs=configs).params)
+  for name, want in trees.flatten(params).items():
+    is_zero = name.startswith("text_encoder_2/") and (
+      f"layers_{last}/" in name
+      or "final_layer_norm" in name
+      or "text_projection" in name
+    )
+    np.testing.assert_array_equal(got[name], 0 * want if is_zero else want)
+  torn = without(tensors, f"{prefix}ln_final.bias")
   with pytest.raises(errors.UserError, match="- text_model/final_layer_norm"):
-    find(write(tmp_path, without(tensors, other)), configs)
+    find(write(tmp_path, torn), configs)
 
 
 # ---- A VAE apart.

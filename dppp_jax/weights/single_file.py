@@ -391,6 +391,9 @@ class Part:
     pointwise: regex of original names of matrices that are 1x1 convolutions.
     unused: regex of paths whose numbers are never read, so that files go
       without.
+    pooled: regexes of groups of paths that the pooled text alone needs, and
+      that merged files drop: zeros take the place of a whole group, and the
+      log says so.
   """
 
   prefix: str
@@ -399,6 +402,7 @@ class Part:
   names: Mapping[str, str] | None = None
   pointwise: str = "(?!)"
   unused: str = "(?!)"
+  pooled: tuple[str, ...] = ()
 
   def check(self, tensors: Tensors, where: str) -> None:
     """Refuses tensors, without prefix, whose names or shapes do not fit."""
@@ -408,10 +412,24 @@ class Part:
 
   def complete(self, flat: Tensors) -> dict[str, np.ndarray]:
     """Returns a flat tree with zeros in the place of what is unused."""
-    return {
-      name: np.zeros(leaf.shape, np.float32)
-      for name, leaf in trees.flatten(self.shapes).items()
+    leaves = trees.flatten(self.shapes)
+    zeros = [
+      name
+      for name in leaves
       if name not in flat and re.fullmatch(self.unused, name)
+    ]
+    for pattern in self.pooled:
+      group = [name for name in leaves if re.fullmatch(pattern, name)]
+      if not any(name in flat for name in group):
+        zeros += group
+        logging.warning(
+          "%s* has no %s: zeros take their place, and pictures follow the"
+          " pooled text less",
+          self.prefix,
+          pattern,
+        )
+    return {
+      name: np.zeros(leaves[name].shape, np.float32) for name in zeros
     } | dict(flat)
 
   def rename(self, tensors: Tensors) -> dict[str, np.ndarray]:
@@ -461,7 +479,17 @@ def _parts(configs: Configs) -> dict[str, Part]:
   if configs.text_encoder_2 is not None:
     shapes = clip.param_shapes(configs.text_encoder_2)
     rules = text_rules.openai_text()
-    parts["text_encoder_2"] = Part(_XL_TEXT_2, shapes, rules)
+    last = configs.text_encoder_2.num_hidden_layers - 1
+    parts["text_encoder_2"] = Part(
+      _XL_TEXT_2,
+      shapes,
+      rules,
+      pooled=(
+        f"text_model/encoder/layers_{last}/.*",
+        "text_model/final_layer_norm/.*",
+        "text_projection/.*",
+      ),
+    )
   return parts
 
 
