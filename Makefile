@@ -1,5 +1,6 @@
 # make demo | test | lint | bench | pretrain; each sets up .venv first.
 # make gpu-check compiles for a GPU without one; it sets up .venv-gpu (7 GB).
+# make real-check reads real files of packages; it sets up .venv-real.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,10 +11,12 @@ PEOPLE ?= mini
 NETS ?= clip clip_cells vae u2netp unet unet:more controlnet_canny lora
 PIN := -c constraints.txt --disable-pip-version-check -q
 VENV_GPU := .venv-gpu
+VENV_REAL := .venv-real
 # Names of programs, or how they begin, with commas between; empty: all.
 PROGRAMS ?=
 
-.PHONY: demo test lint bench pretrain gpu-check setup setup-test clean
+.PHONY: demo test lint bench pretrain gpu-check real-check setup setup-test \
+  clean
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
@@ -43,7 +46,7 @@ demo: setup
 	@$(BIN)/python launch/demo.py --seeds $(SEEDS) --people $(PEOPLE)
 
 test: setup-test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup-test
 	@$(BIN)/ruff check .
@@ -57,6 +60,14 @@ bench: setup-test
 gpu-check: $(VENV_GPU)/.ready
 	@$(VENV_GPU)/bin/python benchmarks/aot.py --programs "$(PROGRAMS)"
 
+# Real files of packages, see docs/real_check.md.
+real-check:
+	@if test -f $(VENV_REAL)/.ready || { $(PYTHON) -m venv $(VENV_REAL) && \
+	  $(VENV_REAL)/bin/python -m pip install $(PIN) -e ".[real]" && \
+	  touch $(VENV_REAL)/.ready; }; then \
+	  $(VENV_REAL)/bin/python benchmarks/real_check.py; \
+	else echo "real-check: skipped: its packages cannot be fetched here"; fi
+
 # "unet:more" is a preset, in a run folder of its own: runs/pretrain_unet_more.
 pretrain: setup
 	@for net in $(NETS); do file=$${net%%:*}; preset=$${net#$$file}; \
@@ -66,4 +77,4 @@ pretrain: setup
 	  || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VENV_GPU) runs data
+	rm -rf $(VENV) $(VENV_GPU) $(VENV_REAL) runs data
