@@ -1,6 +1,7 @@
 """Guard rails for every test: CPU, two devices of it, no rank promotion.
 
-And what keeps the processes of the tests small, and of one length.
+And what keeps the whole suite small: nearly all of its time is XLA's, which
+compiles thousands of programs that run once.
 """
 
 import gc
@@ -42,8 +43,18 @@ process.tune_memory = lambda: None
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs():
-  """Forgets a module's programs after it: all together took gigabytes."""
-  yield
+def _programs(request):
+  """Compiles a module's programs quickly, and forgets them after it.
+
+  Nearly all programs of the tests run once, on little data: what LLVM does to
+  make them fast takes longer than they do. A module that says `OPTIMISED =
+  True` runs long enough, or looks at what XLA makes of a program. Processes
+  that a test starts do as the test's own does, and so compute the same bits.
+  """
+  is_quick = not getattr(request.module, "OPTIMISED", False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(is_quick)))
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+    yield
   jax.clear_caches()
   gc.collect()

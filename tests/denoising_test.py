@@ -81,14 +81,6 @@ def _randomised(params, seed):
   return trees.unflatten(flat)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quickly_compiled():
-  """Compiles quickly rather than well: nothing here runs for long."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
   """A system with its parameters, and its folder."""

@@ -31,14 +31,6 @@ def _config(name, root, **data):
   return config.to_dict()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quickly_compiled():
-  """Compiles quickly rather than well: nothing here runs for long."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
   """A folder with a VAE that is small, at random, and good enough here."""

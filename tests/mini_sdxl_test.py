@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 _ASSETS = cli.ROOT / "dppp_jax/assets/mini"
 _NUM = 8
+OPTIMISED = True  # It draws for a minute.
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from dppp_jax.train import optim
 from dppp_jax.train import stage as stage_lib
 from dppp_jax.train import step as step_lib
 
+OPTIMISED = True  # The text of programs is looked at.
 _DEPTH, _WIDTH = 5, 64
 
 
