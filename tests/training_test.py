@@ -217,7 +217,13 @@ def test_extractor_of_a_run_reads_content_features(trained):
   features = extractor(images)
   assert features.shape == (3, 6)
   np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-6)
+  # extractor.json is of PSD by now; the checkpoint of PTL has no projector.
+  first = min(checkpoints.steps(trained))
+  early = dppp_jax.load_extractor(trained, step=first)
+  assert early.spec.feature == "projected"
   plain = dppp_jax.load_extractor(trained, feature="projected")(images)
+  # PSD leaves the encoder as it was.
+  np.testing.assert_array_equal(early(images), plain)
   assert np.abs(features - plain).max() > 1e-3  # P_s does something.
 
 
