@@ -19,6 +19,9 @@ and the alternative side by side in one run: ratios count, lone times depend on
 the machine and on what else ran on it (`load` is the load average).
 """
 
+# Results with a page of their own: docs/mini.md, docs/gpu.md, docs/rules.md.
+_APART = ("mini_quality", "aot", "rules")
+
 
 def define_flags():
   """Defines whether the page is written or compared."""
@@ -28,8 +31,9 @@ def define_flags():
 def page() -> str:
   """Returns the page as Markdown."""
   parts = [_HEAD]
-  # The small networks ("mini_quality") have a page of their own, docs/mini.md.
-  for path in sorted((cli.ROOT / "benchmarks/results").glob("[!m]*.json")):
+  for path in sorted((cli.ROOT / "benchmarks/results").glob("*.json")):
+    if path.stem.startswith(_APART):
+      continue
     values = json.loads(path.read_text())
     where = values["environment"]
     parts.append(f"\n## {values['benchmark']}, {where['device']}\n")

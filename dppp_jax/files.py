@@ -48,13 +48,17 @@ def visible(folder: str | os.PathLike, *suffixes: str) -> list[pathlib.Path]:
   files. Suffixes count in any case.
 
   Args:
-    folder: where to look; not deeper.
+    folder: where to look; not deeper. One that is not there holds none.
     *suffixes: such as ".json"; none: all files.
   """
   wanted = tuple(suffix.lower() for suffix in suffixes)
+  try:
+    paths = list(pathlib.Path(folder).iterdir())
+  except FileNotFoundError:  # Another process may just have removed it.
+    return []
   return sorted(
     path
-    for path in pathlib.Path(folder).iterdir()
+    for path in paths
     if not path.name.startswith(".")
     and (not wanted or path.name.lower().endswith(wanted))
     and path.is_file()

@@ -365,7 +365,7 @@ def test_a_stray_configuration_is_not_believed(tmp_path, capsys, stray):
   assert got.block_out_channels == unet.block_out_channels
   assert "config.json is of a" in capsys.readouterr().err
   assert set(sources.describe_controlnet(file, file, None).files) == {""}
-  params = sources.controlnet(file, got, variant=None, stack_from=0)
+  params = sources.controlnet(file, got, variant=None)
   want = diffusers_folder.controlnet(own)[1]
   jax.tree.map(np.testing.assert_array_equal, params, want)
 

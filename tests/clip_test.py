@@ -463,5 +463,5 @@ def test_configurations_are_read_as_transformers_reads_them():
   hf = transformers.CLIPConfig(**config.to_hf())
   assert hf.vision_config.image_size == 64
   assert hf.text_config.hidden_size == 128
-  with pytest.raises(errors.UserError, match=r"no vision_config.*'bert'"):
+  with pytest.raises(errors.UserError, match=r"of a bert.*CLIP is wanted"):
     clip.Config.from_hf({"model_type": "bert"})

@@ -21,7 +21,9 @@ def test_merges_make_the_layout_of_clip(tmp_path):
   assert ids == [514, 513, byte("a"), 256 + byte("b"), 515]
 
 
-def test_the_import_is_silent_about_pytorch_alone(tmp_path, monkeypatch):
+def test_the_import_is_silent_about_pytorch_alone(
+  tmp_path, monkeypatch, request
+):
   """transformers greets everybody who has no PyTorch; nobody here needs it."""
   init = pathlib.Path(transformers.__file__).read_text(encoding="utf-8")
   assert _NOTICE in init  # Else there is nothing to be silent about.
@@ -38,6 +40,10 @@ def test_the_import_is_silent_about_pytorch_alone(tmp_path, monkeypatch):
   handler = logging.Handler()
   handler.emit = lambda record: said.append(record.getMessage())
   monkeypatch.setattr(logger, "handlers", [handler])
+  monkeypatch.setattr(logger, "disabled", False)
+  level = logger.level  # Other tests may have made it quiet.
+  request.addfinalizer(lambda: logger.setLevel(level))
+  logger.setLevel(logging.WARNING)
   assert tokenizer.library().__file__ == str(tmp_path / "transformers.py")
   logger.warning(_NOTICE)  # From elsewhere: not ours to hide.
   assert said == ["something else", _NOTICE]

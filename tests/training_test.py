@@ -535,7 +535,7 @@ def test_pictures_need_not_be_square_nor_of_one_size(world):
   images = [rng.integers(0, 255, s, np.uint8) for s in ((40, 9, 3), (7, 30, 3))]
   resized = [
     np.asarray(
-      PIL.Image.fromarray(x).resize((16, 32), PIL.Image.Resampling.BILINEAR)
+      PIL.Image.fromarray(x).resize((16, 32), PIL.Image.Resampling.BICUBIC)
     )
     for x in images
   ]
