@@ -6,7 +6,6 @@ compiles thousands of programs that run once.
 
 import gc
 import os
-import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -38,10 +37,6 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-# Of Linux: the second number counts the process' pages in memory.
-_STATUS = pathlib.Path("/proc/self/statm")
-_MOST = 1.5e9  # Bytes.
-
 # Launchers that a test runs in its own process would let that process keep all
 # memory that it ever had.
 process.tune_memory = lambda: None
@@ -61,19 +56,5 @@ def _programs(request):
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(is_quick)))
     jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
-  _forget()
-
-
-@pytest.fixture(autouse=True)
-def _memory():
-  """Forgets programs within a module, too, where the process has grown."""
-  yield
-  if _STATUS.exists():
-    pages = int(_STATUS.read_text().split()[1])
-    if pages * os.sysconf("SC_PAGE_SIZE") > _MOST:
-      _forget()
-
-
-def _forget():
   jax.clear_caches()
   gc.collect()
