@@ -28,6 +28,7 @@ _FREE = {
   "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all",
   "opt-barrier", "partition-id", "replica-id", "add-dependency",
 }  # fmt: skip
+_PASSED = ("bitcast", "convert", "reduce")  # A part needs a part.
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -358,15 +359,17 @@ def _read_bytes(fused: Mapping[str, Instruction], place: int) -> int:
     for one in fused.values()
     if one.opcode == "parameter" and one.index == place
   )
-  names, total = {parameter.name}, 0
+  sizes, total = {parameter.name: parameter.nbytes}, 0
   for one in fused.values():  # Operands stand before what uses them.
-    used = [i for i, name in enumerate(one.operands) if name in names]
+    used = [i for i, name in enumerate(one.operands) if name in sizes]
     if not used:
       continue
-    if one.opcode == "bitcast":
-      names.add(one.name)
+    if one.opcode in _PASSED and used == [0] and not one.is_root:
+      sizes[one.name] = one.nbytes
     elif one.opcode in _SLICES and used == [0]:
-      total += one.nbytes
+      # A part of a converted or reduced array needs that part of the whole.
+      share = one.nbytes / sizes[one.operands[0]]
+      total += round(parameter.nbytes * share)
     elif one.opcode == "dynamic-update-slice" and used == [0]:
       continue  # It is written in place.
     else:

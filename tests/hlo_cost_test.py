@@ -105,6 +105,62 @@ def test_of_what_is_gathered_the_rows_count():
   assert found.kernels["fusion"] == 1
 
 
+@pytest.mark.parametrize(
+  ("root", "read"),
+  [
+    # One column of four is converted, added up, and then sliced off.
+    ("f32[64,1]{1,0} slice(%r.1), slice={[0:64], [1:2]}", 2 * 3 * 64),
+    ("f32[64,4]{1,0} negate(%r.1)", 2 * 3 * 64 * 4),
+  ],
+)
+def test_of_a_sum_that_is_sliced_the_summed_part_counts(root, read):
+  add = computation(
+    "add",
+    "%a.1 = f32[] parameter(0)",
+    "%b.1 = f32[] parameter(1)",
+    "ROOT %s.1 = f32[] add(%a.1, %b.1)",
+  )
+  fused = computation(
+    "fused",
+    "%p.1 = bf16[3,64,4]{2,1,0} parameter(0)",
+    "%c.1 = f32[3,64,4]{2,1,0} convert(%p.1)",
+    "%z.1 = f32[] constant(0)",
+    "%r.1 = f32[64,4]{1,0} reduce(%c.1, %z.1), dimensions={0}, to_apply=%add",
+    f"ROOT %o.1 = {root}",
+  )
+  shape = root.partition(" ")[0]
+  found = hlo_cost.count(
+    module(
+      [
+        "%x.1 = bf16[3,64,4]{2,1,0} parameter(0)",
+        f"ROOT %f.1 = {shape} fusion(%x.1), kind=kLoop, calls=%fused",
+      ],
+      add,
+      fused,
+    )
+  )
+  written = 4 * 64 * (1 if "slice" in root else 4)
+  assert found.nbytes == read + written
+
+
+def test_a_conversion_reads_all_of_it():
+  fused = computation(
+    "fused",
+    "%p.1 = bf16[8,4]{1,0} parameter(0)",
+    "ROOT %c.1 = f32[8,4]{1,0} convert(%p.1)",
+  )
+  found = hlo_cost.count(
+    module(
+      [
+        "%x.1 = bf16[8,4]{1,0} parameter(0)",
+        "ROOT %f.1 = f32[8,4]{1,0} fusion(%x.1), kind=kLoop, calls=%fused",
+      ],
+      fused,
+    )
+  )
+  assert found.nbytes == 2 * 32 + 4 * 32
+
+
 def test_an_update_in_place_writes_the_update():
   fused = computation(
     "fused",
