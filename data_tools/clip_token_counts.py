@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from dppp_jax import cli, errors
+from dppp_jax import cli, errors, paths
 from dppp_jax.geneperson import prompts, vocabulary
 from dppp_jax.weights import load
 
@@ -57,7 +57,7 @@ def counts(tokenizer: Any) -> Mapping[str, int]:
 
 def main(args) -> None:
   """Writes or checks the table."""
-  tokenizer = load.tokenizer(pathlib.Path(args.tokenizer).expanduser())
+  tokenizer = load.tokenizer(paths.expand(args.tokenizer))
   found = counts(tokenizer)
   people = prompts.People(0)
   some = [people[pid].prompt() for pid in range(200)]

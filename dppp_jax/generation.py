@@ -161,7 +161,7 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
       functools.partial(pose.fit, layout.cell, fill=config["poses"]["fill"]),
     )
   if folder := run["compilation_cache"]:
-    devices.use_compilation_cache(pathlib.Path(folder).expanduser())
+    devices.use_compilation_cache(paths.expand(folder))
   base = networks_lib.base(config, places)
   checks.parts(config, base, networks_lib.control_names(places), layout)
   with logs.waiting("hashing the networks' files", has_bar=True):
@@ -177,7 +177,8 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
     persons = [people[pid] for pid in range(num_identities)]
     lightings = sorted({person.lighting for person in persons})
     texts = _texts(config, persons, lightings, words)
-    networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
+    if text["long"] != "chunk":  # Which takes prompts of any length.
+      networks_lib.chunks(base, texts, text["long"], text["min_chunks"])
   place = sampler_lib.Placement(
     dtypes["sampler.dtype"],
     dtypes["sampler.vae_dtype"],
@@ -305,7 +306,7 @@ def _dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shipped(spec: str) -> pathlib.Path:
   """Finds what this project ships from wherever the command was typed."""
-  path, shipped = pathlib.Path(spec).expanduser(), cli.ROOT / spec
+  path, shipped = paths.expand(spec), cli.ROOT / spec
   return shipped if shipped.exists() and not path.exists() else path
 
 
@@ -329,17 +330,18 @@ def _places(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
         f"--config.{key}: {spec} is missing: this version does not ship the"
         " small networks: use --config configs/geneperson.py:paperdoll"
       )
+  given = {key: spec for key, spec in given.items() if spec}
   # Files first: what is to be fetched may be gigabytes.
   order = sorted(given, key=lambda key: not _shipped(given[key]).exists())
   variant = config["models"]["variant"] or None
   found = {}
-  for key in filter(given.get, order):
+  for key in order:
     path = _shipped(given[key])
     resolve = functools.partial(diffusers_folder.resolve, variant=variant)
     if key == "models.u2net":
       resolve = u2net.resolve
     found[key] = networks_lib.named(key, functools.partial(resolve, path))
-  return {key: found[key] for key in given if key in found}
+  return {key: found[key] for key in given}
 
 
 def _draws(

@@ -17,7 +17,7 @@ import pathlib
 import time
 from typing import Any
 
-from dppp_jax import errors, logs
+from dppp_jax import errors, logs, paths
 
 Path = str | pathlib.Path
 
@@ -83,7 +83,7 @@ def describe(
 def default_cache() -> pathlib.Path:
   """Returns where digests are remembered: in the user's cache folder."""
   folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(folder).expanduser() / "dppp_jax" / "digests.json"
+  return paths.expand(folder) / "dppp_jax" / "digests.json"
 
 
 def _stat(path: pathlib.Path) -> os.stat_result:

@@ -10,7 +10,6 @@ CLIP may be handed to any of the three modules:
 """
 
 from collections.abc import Sequence
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppp_jax import errors, types
-from dppp_jax.models import clip_config, layers, transformer
+from dppp_jax.models import clip_config, layers, shapes, transformer
 from dppp_jax.models import packing as packing_lib
 
 Config = clip_config.Config
@@ -420,7 +419,7 @@ def init_params(
   return jax.jit(module.init)(rng, *inputs)["params"]
 
 
-@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
+@shapes.remembered
 def param_shapes(config: Config | VisionConfig | TextConfig) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   module, inputs = _example(config)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dppp_jax import types
-from dppp_jax.models import backbone, convolution, unet, unet_config
+from dppp_jax.models import backbone, convolution, shapes, unet, unet_config
 
 Config = unet_config.ControlNetConfig
 Residuals = backbone.Residuals
@@ -186,7 +186,7 @@ def init_params(
   return jax.jit(net.init)(rng, *args, **conditions)["params"]
 
 
-@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
+@shapes.remembered
 def param_shapes(config: Config, *, stack_from: int = 0) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   net = ControlNet(config, stack_from=stack_from)

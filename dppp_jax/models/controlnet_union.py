@@ -7,7 +7,6 @@ attention runs over the *batch* (see `mix_batch`).
 """
 
 from collections.abc import Sequence
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ from dppp_jax.models import (
   backbone,
   controlnet,
   layers,
+  shapes,
   unet_config,
 )
 
@@ -246,7 +246,7 @@ def build(config: controlnet.Config, **options: Any) -> controlnet.ControlNet:
   )
 
 
-@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
+@shapes.remembered
 def param_shapes(config: Config, *, stack_from: int = 0) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   net = ControlNetUnion(config, stack_from=stack_from)

@@ -14,7 +14,6 @@ or, with everything that is the same at each step computed once,
     noise = net.apply(variables, latents, emb, text, method="denoise")
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +26,7 @@ from dppp_jax.models import (
   convolution,
   layers,
   resnet2d,
+  shapes,
   unet_blocks,
   unet_config,
 )
@@ -156,7 +156,7 @@ def init_params(
   return jax.jit(net.init)(rng, *args, **conditions)["params"]
 
 
-@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
+@shapes.remembered
 def param_shapes(config: Config, *, stack_from: int = 0) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   net = UNet(config, stack_from=stack_from)

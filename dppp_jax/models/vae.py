@@ -13,7 +13,6 @@ and the last layer are float32 in any case.
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from dppp_jax.models import (
   convolution,
   layers,
   resnet2d,
+  shapes,
   transformer2d,
   unet_config,
 )
@@ -359,7 +359,7 @@ def init_params(config: Config, rng: jax.Array) -> types.Params:
   return jax.jit(VAE(config).init)(rng, _example(config))["params"]
 
 
-@functools.lru_cache(maxsize=8)  # Tracing a large network takes seconds.
+@shapes.remembered
 def param_shapes(config: Config) -> types.Params:
   """Returns the tree of ShapeDtypeStructs that a checkpoint must fill."""
   init = VAE(config).init

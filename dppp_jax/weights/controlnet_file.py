@@ -17,7 +17,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from dppp_jax import errors, logs, trees, types
+from dppp_jax import errors, logs, paths, trees, types
 from dppp_jax.models import controlnet as controlnet_lib
 from dppp_jax.models import controlnet_union, unet_config
 from dppp_jax.weights import (
@@ -112,7 +112,7 @@ def config_file(path: single_file.Path) -> pathlib.Path | None:
   Args:
     path: of the file, as in `load`.
   """
-  path = pathlib.Path(path).expanduser()
+  path = paths.expand(path)
   tensors, is_original = _read(path)
   found = None if is_original else _beside(path, tensors)
   return None if found is None else found[0]

@@ -10,7 +10,7 @@ colon matches; all else stands for itself. One table therefore serves to load
 and to export. Nothing is guessed: exactly one rule must match each tensor.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -103,8 +103,47 @@ def convert(
     errors.UserError: a name that no rule or several rules match, two tensors
       for one path, a tensor that is not float, or one that is not finite.
   """
+
+  def read(name: str) -> np.ndarray:
+    _check_numbers(tensors[name], f"{where}: tensor {name}")
+    return tensors[name]
+
+  names = _reading(tensors, where)
+  return _moved(tensors, rules, where, names=names, read=read)
+
+
+def shapes(
+  tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], *, where: str
+) -> dict[str, np.ndarray]:
+  """Returns arrays of the shapes of `convert`'s, without reading a number.
+
+  Args:
+    tensors: as of `convert`; only names and shapes are looked at.
+    rules: as of `convert`.
+    where: as of `convert`.
+
+  Returns:
+    {path: array of zeros that takes no memory}.
+
+  Raises:
+    errors.UserError: a name that no rule or several rules match, two tensors
+      for one path, or a tensor of a wrong number of dimensions.
+  """
+  empty = lambda name: np.broadcast_to(np.float32(0), tensors[name].shape)
+  return _moved(tensors, rules, where, names=sorted(tensors), read=empty)
+
+
+def _moved(
+  tensors: Mapping[str, np.ndarray],
+  rules: Sequence[Rule],
+  where: str,
+  *,
+  names: Iterable[str],
+  read: Callable[[str], np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Reads each tensor that has a place in the model, and puts it there."""
   params, origin, faults = {}, {}, []
-  for name in _reading(tensors, where):
+  for name in names:
     found = [
       (rule, m)
       for rule in rules
@@ -117,8 +156,7 @@ def convert(
     ((rule, groups),) = found
     if rule.target is None:
       continue
-    array = tensors[name]
-    _check_numbers(array, f"{where}: tensor {name}")
+    array = read(name)
     try:
       moved = rule.transform.forward(array)
     except (ValueError, IndexError):
@@ -133,47 +171,6 @@ def convert(
   if faults:
     _refuse(where, "tensors have no place in the model", faults)
   return params
-
-
-def shapes(
-  tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], *, where: str
-) -> dict[str, np.ndarray]:
-  """Returns arrays of the shapes of `convert`'s, without reading a number.
-
-  Args:
-    tensors: as of `convert`; only names and shapes are looked at.
-    rules: likewise.
-    where: likewise.
-
-  Returns:
-    {path: array of zeros that takes no memory}.
-
-  Raises:
-    errors.UserError: a name that no rule or several rules match, or a tensor
-      of a wrong number of dimensions.
-  """
-  found, faults = {}, []
-  for name in sorted(tensors):
-    shape = tuple(tensors[name].shape)
-    pairs = [(r, m) for r in rules if (m := _match(r.source, name)) is not None]
-    if len(pairs) != 1:
-      said = "no rule" if not pairs else f"{len(pairs)} rules"
-      faults.append(f"+ {name} {shape}: {said}")
-      continue
-    ((rule, groups),) = pairs
-    if rule.target is None:
-      continue
-    try:
-      moved = rule.transform.forward(np.broadcast_to(np.float32(0), shape))
-    except (ValueError, IndexError):
-      faults.append(f"! {name} {shape}: a wrong number of dimensions")
-      continue
-    parts = moved if isinstance(moved, tuple) else (moved,)
-    for template, part in zip(rule.targets, parts, strict=True):
-      found[_fill(template, groups)] = part
-  if faults:
-    _refuse(where, "tensors have no place in the model", faults)
-  return found
 
 
 def invert(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from dppp_jax import errors, trees, types
+from dppp_jax import errors, paths, trees, types
 from dppp_jax.models import clip as clip_lib
 from dppp_jax.weights import convert, rules
 from dppp_jax.weights import tokenizer as tokenizer_lib
@@ -72,7 +72,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     errors.UserError: the folder exists already, or cannot be made.
   """
-  folder = pathlib.Path(folder).expanduser()
+  folder = paths.expand(folder)
   taken = errors.UserError(
     f"{folder} exists already and is not overwritten: give another name or"
     " remove it"

@@ -14,7 +14,7 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import errors, files
+from dppp_jax import errors, files, paths
 
 # What is fetched from a hub: repositories also hold the same weights for
 # other frameworks, gigabytes of them.
@@ -82,7 +82,7 @@ def resolve(
     errors.UserError: there is no such path, and the hub has no such
       repository or cannot be reached.
   """
-  path = pathlib.Path(spec).expanduser()
+  path = paths.expand(spec)
   if path.exists():
     return path
   if path.is_symlink():
@@ -220,7 +220,7 @@ def check(path: str | pathlib.Path) -> None:
 
 def _file(path: str | pathlib.Path) -> pathlib.Path:
   """Returns the file that stands for all weights of a path."""
-  path = pathlib.Path(path).expanduser()
+  path = paths.expand(path)
   if path.is_dir():
     path = _weights_in(path)
   if not path.exists():

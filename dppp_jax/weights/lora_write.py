@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from dppp_jax import errors, trees, types
+from dppp_jax import errors, paths, trees, types
 from dppp_jax.weights import convert, export
 
 # Names of the two factors, by layout.
@@ -79,7 +79,7 @@ def save(
     else:
       tensors[prefix + down_name] = down.T
       tensors[prefix + up_name] = up.T
-  path = pathlib.Path(path).expanduser()
+  path = paths.expand(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_name(f".{path.name}.tmp")
   export.write_tensors(scratch, tensors, dtype=dtype, metadata=metadata)

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from dppp_jax import errors, files
+from dppp_jax import errors, files, paths
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DTYPES = {1: np.float32, 10: np.float16, 11: np.float64}
@@ -60,7 +60,7 @@ def read_convs(path: str | pathlib.Path) -> list[Conv]:
     errors.UserError: the file is missing, truncated, no ONNX file, quantised,
       or keeps its numbers elsewhere or in another type.
   """
-  path = pathlib.Path(path).expanduser()
+  path = paths.expand(path)
   if not path.is_file():
     raise errors.UserError(f"{path} does not exist: give an ONNX file")
   files.refuse_impostor(path, wanted="give an ONNX file of float numbers")

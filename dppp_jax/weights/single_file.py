@@ -17,7 +17,7 @@ import re
 from absl import logging
 import numpy as np
 
-from dppp_jax import errors, trees, types
+from dppp_jax import errors, paths, trees, types
 from dppp_jax.models import clip, unet_config
 from dppp_jax.models import unet as unet_lib
 from dppp_jax.models import vae as vae_lib
@@ -303,7 +303,7 @@ def save(path: Path, checkpoint: Checkpoint, *, dtype: str = "float32") -> None:
     errors.UserError: the file exists, the parameters are not those of the
       configurations, or a weight is not finite in the dtype.
   """
-  path = pathlib.Path(path).expanduser()
+  path = paths.expand(path)
   if path.exists():
     raise errors.UserError(
       f"{path} exists already and is not overwritten: give another name"

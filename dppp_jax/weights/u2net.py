@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppp_jax import errors, files, trees
+from dppp_jax import errors, files, paths, trees
 from dppp_jax.models import u2net
 from dppp_jax.weights import convert, export, hub, onnx
 
@@ -122,7 +122,7 @@ def save(
   variables = {key: variables[key] for key in ("params", "batch_stats")}
   variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
   tensors = convert.invert(variables, rules(), where=str(path))
-  export.write_tensors(pathlib.Path(path).expanduser(), tensors, dtype=dtype)
+  export.write_tensors(paths.expand(path), tensors, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=4)
