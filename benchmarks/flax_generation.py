@@ -34,7 +34,8 @@ def _random(shapes: Any) -> Any:
   pool = pool.astype(ml_dtypes.bfloat16)
   flat = trees.flatten(shapes)
   for name, leaf in flat.items():
-    flat[name] = np.resize(pool, leaf.shape)
+    # `resize` of the whole pool would keep a copy of it for every leaf.
+    flat[name] = np.resize(pool[: max(leaf.size, 1)], leaf.shape)
     if name.endswith("scale"):
       flat[name] = np.ones_like(flat[name])
   return trees.unflatten(flat)
