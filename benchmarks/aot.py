@@ -2,17 +2,20 @@
 
     make gpu-check
     python benchmarks/aot.py [--programs ptl,psd] [--list] [--again] [--write]
+        [--processes 2]
 
 XLA and the CUDA plugin compile ahead of time for the device that
 benchmarks/h200_target.txt describes. Of each program of aot_programs.py it is
 asserted that it compiles, that all that is donated is written in place, that
-its memory stays below a bound, that hardly any product is of float32, and how
-many attentions run in cuDNN. What breaks an assertion is said in one line, and
-the exit code is 1.
+its memory stays below a bound, that hardly any product is of float32, how many
+attentions run in cuDNN, and of some how many bytes they move. What breaks an
+assertion is said in one line, and the exit code is 1.
 
-Results are kept in benchmarks/results as each program ends. A program is not
-compiled again while it lowers to the same text for the same target and
-versions; --again compiles it all the same. --write puts the table into
+As many programs compile at once as there are processors (--processes): XLA
+compiles a program on one. Results are kept in benchmarks/results as each
+program ends. A program is not compiled again while it lowers to the same text
+for the same target and versions and its bytes are counted by the same code;
+--again compiles it all the same. --write puts the table into
 docs/gpu.md, of what is kept.
 
 Nothing is run. Memory is what XLA assigned; FLOP and bytes are counted from the
@@ -21,8 +24,12 @@ take at the peak of an H200. Kernels are not autotuned without a device.
 """
 
 import argparse
+from collections.abc import Iterator
+import concurrent.futures
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -57,6 +64,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)
 def topology() -> Any:
   """Returns the H200 that there is not.
 
@@ -73,6 +81,10 @@ def topology() -> Any:
       f"JAX cannot compile for CUDA here ({line}): run make gpu-check, which"
       " installs jax[cuda12] in .venv-gpu"
     ) from error
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()[:16]
 
 
 def compile_program(
@@ -97,8 +109,12 @@ def compile_program(
   job = program.build(False)
   with devices.traced_for("gpu"):
     lowered = job.trace(put).lower()
-  digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
-  if before is not None and before.get("lowered") == digest:
+  counter = pathlib.Path(hlo_cost.__file__).read_bytes()
+  digests = {
+    "lowered": _digest(lowered.as_text().encode()),
+    "counted_by": _digest(counter),
+  }
+  if before is not None and digests.items() <= before.items():
     return {**before, "commit": common.commit()}
   traced, cpu = time.perf_counter(), time.process_time()
   compiled = lowered.compile(compiler_options=dict(program.options) or None)
@@ -113,7 +129,7 @@ def compile_program(
     for name in ("argument", "output", "temp", "alias")
   }
   return {
-    "lowered": digest,
+    **digests,
     "commit": common.commit(),
     "donated": job.donated,
     **sizes,
@@ -156,6 +172,10 @@ def violations(
       f"{facts['kernels']['attention']} attentions in cuDNN, expected are"
       f" {program.attentions}"
     )
+  if program.moved is not None and facts["bytes"] > 1e9 * program.moved:
+    found.append(
+      f"moves {facts['bytes'] / 1e9:.2f} GB, its bound is {program.moved:g}"
+    )
   return [f"{program.name}: {line}" for line in found]
 
 
@@ -190,7 +210,7 @@ def environment() -> dict[str, Any]:
     "target": re.search(
       r'device_description_str: "(.*)"', TARGET.read_text()
     ).group(1),
-    "target_sha256": hashlib.sha256(TARGET.read_bytes()).hexdigest()[:16],
+    "target_sha256": _digest(TARGET.read_bytes()),
     "packages": common.versions(_PACKAGES),
   }
 
@@ -215,33 +235,66 @@ def keep(name: str, facts: dict[str, Any]) -> None:
   scratch.replace(RESULTS)
 
 
+def _facts(name: str, before: dict[str, Any] | None, hlo: str) -> Any:
+  """Returns a program's facts and the seconds that they took.
+
+  One program shall not keep the others back: an error is a fact, too.
+  """
+  (program,) = [p for p in aot_programs.programs() if p.name == name]
+  begin = time.perf_counter()
+  folder = pathlib.Path(hlo) if hlo else None
+  try:
+    device = topology().devices[0]
+    facts = compile_program(program, device, before, hlo=folder)
+  except Exception as error:
+    lines = str(error).splitlines() or [""]
+    facts = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+  jax.clear_caches()
+  return facts, time.perf_counter() - begin
+
+
+def _compiled(
+  jobs: list[tuple[str, dict[str, Any] | None, str]], processes: int
+) -> Iterator[tuple[str, Any]]:
+  """Yields each job's name and `_facts` as it ends."""
+  if processes == 1:
+    yield from ((job[0], _facts(*job)) for job in jobs)
+    return
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+    names = {pool.submit(_facts, *job): job[0] for job in jobs}
+    try:
+      for future in concurrent.futures.as_completed(names):
+        yield names[future], future.result()
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+
+
 def run(args: argparse.Namespace) -> list[str]:
   """Compiles what was chosen; returns what is wrong, in one line each."""
-  programs, wrong = chosen(args.programs), []
-  device = topology().devices[0]
+  programs, wrong = {p.name: p for p in chosen(args.programs)}, []
+  topology()  # Or one line says what is missing.
   kept = read()
   same = kept["environment"] == environment()
   known = kept["results"] if same and not args.again else {}
-  for number, program in enumerate(programs, 1):
-    label = f"[{number}/{len(programs)}] {program.name}"
-    print(f"{label}: {program.about}", flush=True)
-    begin = time.perf_counter()
-    before = known.get(program.name)
-    hlo = pathlib.Path(args.hlo) if args.hlo else None
-    try:
-      facts = compile_program(program, device, before, hlo=hlo)
-    except Exception as error:  # One program shall not keep the others back.
-      lines = str(error).splitlines() or [""]
-      facts = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
-    jax.clear_caches()
-    keep(program.name, facts)
-    broken = violations(program, facts)
+  # Those that take longest begin first; how long new ones take, nobody knows.
+  seconds_before = lambda name: (
+    kept["results"].get(name, {}).get("compile_s", 1e9)
+  )
+  order = sorted(programs, key=seconds_before, reverse=True)
+  jobs = [(name, known.get(name), args.hlo) for name in order]
+  print(f"{len(jobs)} programs, {args.processes} at a time", flush=True)
+  results = _compiled(jobs, args.processes)
+  for number, (name, (facts, seconds)) in enumerate(results, 1):
+    keep(name, facts)
+    broken = violations(programs[name], facts)
     wrong += broken
     what = "WRONG" if broken else "good"
-    if before and facts.get("lowered") == before.get("lowered"):
-      what += ", as before" if not args.again else ""
-    seconds = time.perf_counter() - begin
+    before = known.get(name)
+    if before and facts.get("compile_s") == before.get("compile_s"):
+      what += ", as before"
     peak = f", {facts['peak'] / 1e9:.2f} GB" if "peak" in facts else ""
+    label = f"[{number}/{len(jobs)}] {name}: {programs[name].about}"
     print(f"{label}: {what}{peak}, {seconds:.0f} s", flush=True)
   return wrong
 
@@ -251,8 +304,8 @@ def table(kept: dict[str, Any]) -> str:
   peak = flops.bfloat16_peak(kept["environment"]["target"])
   header = [
     "program", "what", "arguments", "temporary", "peak (bound), GB", "TFLOP",
-    "GB moved", "ms by FLOP", "ms by bytes", "attentions", "convolutions",
-    "products", "other kernels", "compile cpu s",
+    "GB moved (bound)", "ms by FLOP", "ms by bytes", "attentions",
+    "convolutions", "products", "other kernels", "compile cpu s",
   ]  # fmt: skip
   rows = []
   for program in aot_programs.programs():
@@ -269,6 +322,7 @@ def table(kept: dict[str, Any]) -> str:
     gigabytes = lambda key, facts=facts: f"{facts[key] / 1e9:.2f}"
     unit = "" if program.unit == "a call" else f", {program.unit}"
     unit += "; without Triton's products" if program.options else ""
+    bound = "" if program.moved is None else f" ({program.moved:g})"
     rows.append(
       [
         f"`{program.name}`",
@@ -277,7 +331,7 @@ def table(kept: dict[str, Any]) -> str:
         gigabytes("temp"),
         f"{gigabytes('peak')} ({program.peak:g})",
         f"{total / 1e12:.3g}",
-        f"{facts['bytes'] / 1e9:.3g}",
+        f"{facts['bytes'] / 1e9:.3g}{bound}",
         f"{1e3 * (total + wide) / peak:.2g}",
         f"{1e3 * facts['bytes'] / _BANDWIDTH:.2g}",
         *(str(kernels[kind]) for kind in ("attention", "convolution")),
@@ -383,6 +437,12 @@ def main() -> int:
   parser.add_argument("--list", action="store_true", help="name all programs")
   parser.add_argument("--again", action="store_true", help="compile anew")
   parser.add_argument("--write", action="store_true", help="write docs/gpu.md")
+  parser.add_argument(
+    "--processes",
+    type=int,
+    default=min(os.cpu_count() or 1, 4),
+    help="programs at a time; each needs some 5 GB of memory",
+  )
   parser.add_argument("--hlo", default="", help="folder for the HLO texts")
   args = parser.parse_args()
   if args.list:

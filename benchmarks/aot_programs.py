@@ -112,7 +112,7 @@ class Job:
   Attributes:
     function: of `args` and `kwargs`; or jitted already.
     args: trees of arrays and ShapeDtypeStructs.
-    kwargs: likewise; those that are not arrays are static.
+    kwargs: same as `args`; values that are not arrays are static.
     donated: bytes of what is donated: all of it must be written in place.
     donate: places of `args` that are donated; of a jitted function none.
   """
@@ -145,6 +145,7 @@ class Program:
     peak: GB that it may need at most, with its arguments.
     attentions: of cuDNN, in one round of loops of unknown length.
     wide: share of the FLOP that may be float32; None where all are.
+    moved: GB that it may move at most; None: any.
     unit: what its FLOP and bytes are of.
     options: of XLA, where it does not compile without a device otherwise.
   """
@@ -155,6 +156,7 @@ class Program:
   peak: float
   attentions: int = 0
   wide: float | None = 0.01
+  moved: float | None = None
   unit: str = "a call"
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -576,7 +578,8 @@ def programs() -> tuple[Program, ...]:
       name="pretrain_vae",
       about="step of configs/pretrain_vae.py, bfloat16",
       build=_vae,
-      peak=1.0,
+      peak=0.5,
+      wide=0.04,  # Muon makes its products in float32.
     ),
     Program(
       name="pretrain_u2netp",
@@ -594,7 +597,8 @@ def programs() -> tuple[Program, ...]:
         wide=wide,
       )
       for name, peak, attentions, wide in (
-        ("unet", 2.0, 46, 0.01),
+        # Muon makes its products in float32.
+        ("unet", 0.6, 46, 0.2),
         ("controlnet_canny", 1.0, 26, 0.01),
         # Factors are merged in float32, whose products are few.
         ("lora", 0.2, 26, 0.02),
@@ -622,6 +626,7 @@ def programs() -> tuple[Program, ...]:
       build=of(_paper, name="ptl"),
       peak=19.0,
       attentions=22,
+      moved=34.0,
       unit="a step",
     ),
     Program(
@@ -630,6 +635,7 @@ def programs() -> tuple[Program, ...]:
       build=of(_paper, name="ptl", placement="host"),
       peak=6.0,
       attentions=22,
+      moved=34.0,
       unit="a step",
     ),
   ]

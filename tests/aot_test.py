@@ -49,13 +49,14 @@ def test_a_training_step_donates_its_whole_state():
 def facts(**changes):
   return {
     "donated": 100, "alias": 100, "peak": 5e8, "wide_share": 0.001,
-    "kernels": {"attention": 3},
+    "bytes": 2e9, "kernels": {"attention": 3},
   } | changes  # fmt: skip
 
 
 _PROGRAM = aot_programs.Program(
-  name="p", about="", build=lambda tiny: None, peak=0.6, attentions=3
-)
+  name="p", about="", build=lambda tiny: None, peak=0.6, attentions=3,
+  moved=3.0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,7 @@ _PROGRAM = aot_programs.Program(
     ({"peak": 7e8}, "needs 0.70 GB, its bound is 0.6"),
     ({"wide_share": 0.02}, "2.00% of its FLOP are float32"),
     ({"kernels": {"attention": 2}}, "2 attentions in cuDNN, expected are 3"),
+    ({"bytes": 3.2e9}, "moves 3.20 GB, its bound is 3"),
     ({"error": "INTERNAL: x"}, "does not compile: INTERNAL: x"),
   ],
 )
@@ -108,7 +110,9 @@ def test_one_violation_is_one_line_and_an_exit_code(
 ):
   monkeypatch.setattr(aot, "RESULTS", tmp_path / "aot.json")
   monkeypatch.setattr(aot, "topology", lambda: type("T", (), {"devices": [0]}))
-  monkeypatch.setattr(sys, "argv", ["aot.py", "--programs", "psd"])
+  monkeypatch.setattr(
+    sys, "argv", ["aot.py", "--programs", "psd", "--processes", "1"]
+  )
   compiled = lambda program, *a, **k: facts(
     peak=2e9, kernels={"attention": program.attentions}
   )
