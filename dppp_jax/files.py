@@ -45,7 +45,8 @@ def visible(folder: str | os.PathLike, *suffixes: str) -> list[pathlib.Path]:
 
   Python's glob, unlike a shell's, finds what begins with a dot: the doubles
   that a Mac writes (`._x.json` beside every `x.json`), `.DS_Store`, scratch
-  files. Suffixes count in any case.
+  files. Suffixes count in any case. A link that leads nowhere is a file that
+  cannot be read: its reader says so.
 
   Args:
     folder: where to look; not deeper. One that is not there holds none.
@@ -61,7 +62,7 @@ def visible(folder: str | os.PathLike, *suffixes: str) -> list[pathlib.Path]:
     for path in paths
     if not path.name.startswith(".")
     and (not wanted or path.name.lower().endswith(wanted))
-    and path.is_file()
+    and not path.is_dir()
   )
 
 

@@ -36,6 +36,12 @@ def test_what_a_folder_shows(tmp_path):
   names = [path.name for path in files.visible(tmp_path, ".json")]
   assert names == ["a.json", "b.JSON"]
   assert len(files.visible(tmp_path)) == 3
+  # A link that leads nowhere is not passed over: its reader names it.
+  (tmp_path / "c.json").symlink_to(tmp_path / "gone.json")
+  link = files.visible(tmp_path, ".json")[-1]
+  with pytest.raises(errors.UserError, match=r"c\.json cannot be read"):
+    files.read_json(link)
+  link.unlink()
   assert [p.name for p in files.visible(tmp_path, ".json", ".part")] == [
     "a.json",
     "a.json.part",

@@ -265,15 +265,12 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
   for suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
     found = files.visible(folder, suffix)
     if len(found) == 1:
-      return found[0]
+      return resolve(found[0])  # Says where a broken link leads.
     if found:
       raise errors.UserError(
         f"{folder} holds {len(found)} {suffix} files and none has a usual"
         f" name: name one, e.g. {found[0]}"
       )
-  for path in sorted(folder.iterdir()):
-    if path.is_symlink() and not path.exists():
-      resolve(path)  # Says where the link leads.
   raise errors.UserError(
     f"{folder} holds no weights: a checkpoint folder has model.safetensors (or"
     " its shards with model.safetensors.index.json) beside config.json"
