@@ -61,11 +61,11 @@ _CANVASES = (
   ("sdxl", "decode", 4, 5.8, 0),
   ("sdxl", "decode", 8, 5.9, 0),
   ("canvas", "denoise", 1, 13.5, 276),
-  ("canvas", "denoise", 4, 15.0, 276),
-  ("canvas", "denoise", 8, 18.0, 276),
-  ("sdxl", "denoise", 1, 8.0, 140),
-  ("sdxl", "denoise", 4, 9.0, 140),
-  ("sdxl", "denoise", 8, 12.0, 140),
+  ("canvas", "denoise", 4, 14.8, 276),
+  ("canvas", "denoise", 8, 17.5, 276),
+  ("sdxl", "denoise", 1, 6.9, 140),
+  ("sdxl", "denoise", 4, 7.5, 140),
+  ("sdxl", "denoise", 8, 8.8, 140),
 )
 
 _TINY_TEXT = dict(
@@ -599,7 +599,7 @@ def programs() -> tuple[Program, ...]:
       for name, peak, attentions, wide in (
         # Muon makes its products in float32.
         ("unet", 0.6, 46, 0.2),
-        ("controlnet_canny", 1.0, 26, 0.01),
+        ("controlnet_canny", 0.25, 26, 0.01),
         # Factors are merged in float32, whose products are few.
         ("lora", 0.2, 26, 0.02),
       )
