@@ -355,7 +355,9 @@ def _delta(
       if "up_bias" in left:
         more = factor * left.pop("up_bias")
         bias = more if bias is None else bias + more
-      delta = np.asarray(factor * delta, np.float32)
+      if factor != 1:
+        delta = factor * delta
+      delta = np.asarray(delta, np.float32)
     magnitude = left.pop("dora", None)
     is_per_output = "magnitude" in left
     magnitude = left.pop("magnitude", magnitude)
