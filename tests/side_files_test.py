@@ -1,5 +1,6 @@
 """What stands beside weights: each key is honoured, or refused by its name."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ from dppp_jax import cli, errors
 from dppp_jax.diffusion import schedulers
 from dppp_jax.evals import spec
 from dppp_jax.geneperson import components
-from dppp_jax.models import clip_config
+from dppp_jax.models import clip_config, unet_config, vae
 from dppp_jax.weights import load
 
 _MINI = cli.ROOT / "dppp_jax/assets/mini"
@@ -324,3 +325,98 @@ def test_other_networks_than_clip(values, said):
   with pytest.raises(errors.UserError, match=said):
     clip_config.Config.from_hf(whole | values)
   assert np.isfinite(clip_config.Config.from_hf(whole).text.layer_norm_eps)
+
+
+# ---- config.json of UNets, VAEs and ControlNets; model_index.json.
+
+
+@pytest.mark.parametrize(
+  ("folder", "read"),
+  [
+    ("sdxl/unet", unet_config.Config.from_hf),
+    ("sdxl/vae", vae.Config.from_hf),
+    ("controlnet-canny", unet_config.ControlNetConfig.from_hf),
+  ],
+)
+def test_values_of_another_type_or_size_are_refused(folder, read):
+  values = json.loads((_MINI / folder / "config.json").read_text())
+  read(values)
+  for key in ("block_out_channels", "down_block_types"):
+    for wrong in (None, 0, 1.5, True, "x", {}, [0], ["a", 1], [10**30]):
+      with pytest.raises(errors.UserError, match=key):
+        read(values | {key: wrong})
+  for key in ("in_channels", "norm_num_groups", "layers_per_block"):
+    for wrong in (None, 0, -1, 1.5, 10**30, "x", True, {}, [0], [[1]]):
+      with pytest.raises(errors.UserError, match=key):
+        read(values | {key: wrong})
+  for key in ("norm_eps", "mid_block_scale_factor", "scaling_factor"):
+    for wrong in (None, 0, -1.0, math.inf, "x", True, [1.0]):
+      if key in values:
+        with pytest.raises(errors.UserError, match=key):
+          read(values | {key: wrong})
+  for key in ("flip_sin_to_cos", "force_upcast", "use_linear_projection"):
+    for wrong in (None, 0, 1, "true"):
+      if key in values:
+        with pytest.raises(errors.UserError, match=key):
+          read(values | {key: wrong})
+  with pytest.raises(errors.UserError, match="act_fn"):
+    read(values | {"act_fn": "swoosh"})
+
+
+def test_a_vae_has_one_mean_for_each_channel():
+  values = json.loads((_MINI / "sdxl/vae/config.json").read_text())
+  with pytest.raises(errors.UserError, match="latents_std has 2 entries"):
+    vae.Config.from_hf(values | {"latents_std": [1.0, 2.0]})
+
+
+def test_scheduler_values_of_another_size_are_refused():
+  for key, wrong in (
+    ("_class_name", ["EulerDiscreteScheduler"]),
+    ("num_train_timesteps", 10**30),
+    ("steps_offset", 1000),
+  ):
+    with pytest.raises(
+      errors.UserError, match=key if key[0] != "_" else "of a"
+    ):
+      schedulers.Config.from_hf(_SDXL | {key: wrong})
+
+
+@pytest.mark.parametrize(
+  ("key", "wrong"),
+  [
+    ("layer_norm_eps", 0),
+    ("layer_norm_eps", True),
+    ("num_hidden_layers", True),
+    ("vocab_size", 10**30),
+    ("hidden_act", []),
+  ],
+)
+def test_clip_values_of_another_type_or_size_are_refused(key, wrong):
+  with pytest.raises(errors.UserError, match=key):
+    clip_config.text_from_hf({key: wrong})
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [], {}])
+def test_clip_logit_scale_is_a_number(wrong):
+  with pytest.raises(errors.UserError, match="logit_scale_init_value"):
+    clip_config.Config(logit_scale_init_value=wrong)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"text_encoder_2": [None, None]}, "names no text_encoder_2"),
+    ({"tokenizer": None}, "names no tokenizer,"),
+    ({"scheduler": False}, "names no scheduler"),
+    ({"force_zeros_for_empty_prompt": "no"}, "true or false"),
+    ({"_class_name": 3}, "_class_name is 3"),
+  ],
+)
+def test_an_index_that_contradicts_its_folder(tmp_path, change, said):
+  for path in (_MINI / "sdxl").iterdir():
+    (tmp_path / path.name).symlink_to(path)
+  index = json.loads((_MINI / "sdxl/model_index.json").read_text())
+  (tmp_path / "model_index.json").unlink()
+  (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+  with pytest.raises(errors.UserError, match=said):
+    components.find_components(tmp_path)

@@ -61,6 +61,7 @@ _OTHERS = frozenset(
     *("time_shift_type", "flow_shift"),  # Of flows, which are refused.
   )
 )
+_MOST_STEPS = 10**6  # Of training; all have 1000.
 _RHO = 7.0  # Karras et al. 2022, Eq. 5.
 # What a folder may ask, and only one answer is built: of any sampler, where it
 # is about the network, and of one.
@@ -207,7 +208,7 @@ class Config:
 def _method(given: Mapping[str, Any], method: Method | None) -> Method:
   """Returns the sampler; refuses a network that none of them is for."""
   name = given.get("_class_name") or ""
-  if name and name not in _COMPATIBLE:
+  if name and (not isinstance(name, str) or name not in _COMPATIBLE):
     raise errors.UserError(
       f"scheduler_config.json is of a {name}, and no sampler that is built here"
       " runs such a network: use a base that was trained on discrete noise"
@@ -228,12 +229,14 @@ def _check_values(config: Config) -> None:
   start, end = config.beta_start, config.beta_end
   sound = {
     "prediction_type": config.prediction_type in ("epsilon", "v_prediction"),
-    "num_train_timesteps": is_count(config.num_train_timesteps, 2),
+    "num_train_timesteps": is_count(config.num_train_timesteps, 2)
+    and config.num_train_timesteps <= _MOST_STEPS,
     "beta_start": is_number(start) and 0 < start < 1,
     "beta_end": is_number(end) and 0 < end < 1,
     "beta_schedule": config.beta_schedule in ("linear", "scaled_linear"),
     "timestep_spacing": config.timestep_spacing in get_args(Spacing),
-    "steps_offset": is_count(config.steps_offset, 0),
+    "steps_offset": is_count(config.steps_offset, 0)
+    and config.steps_offset < config.num_train_timesteps,
     "set_alpha_to_one": type(config.set_alpha_to_one) is bool,
   }
   for key, is_sound in sound.items():

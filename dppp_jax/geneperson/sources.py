@@ -44,7 +44,12 @@ _TOKENIZER_FILES = (
   "added_tokens.json",
 )
 
-
+_ZEROS = "force_zeros_for_empty_prompt"
+# Parts of a pipeline that are read from folders of their own.
+_READ = (
+  *("unet", "vae", "text_encoder", "text_encoder_2"),
+  *("tokenizer", "tokenizer_2", "scheduler"),
+)
 # What a pipeline's model_index.json may name, and of which class; what else it
 # says. None: any class, which is not used here.
 _PARTS: dict[str, tuple[str, ...] | None] = {
@@ -62,7 +67,7 @@ _PARTS: dict[str, tuple[str, ...] | None] = {
 }
 _NOTES = frozenset(
   (
-    "force_zeros_for_empty_prompt",  # Read.
+    _ZEROS,  # Read.
     "add_watermarker",
     "requires_safety_checker",
     "is_unet_version_less_0_9_0",
@@ -190,7 +195,7 @@ class _Folder:
         steps, zero_snr=steps.zero_snr or self._overrides.zero_snr
       ),
       params={},
-      zero_negative=bool(self._index.get("force_zeros_for_empty_prompt", True)),
+      zero_negative=self._index.get(_ZEROS, True),
       sample_size=size if isinstance(size, int) else None,
     )
 
@@ -485,6 +490,7 @@ def _read_index(root: pathlib.Path, overrides: Overrides) -> dict[str, Any]:
       )
     left = ("vae",) if overrides.vae is not None else ()
     _check_index({k: v for k, v in index.items() if k not in left}, file)
+    _check_named(index, root, left)
     return index
   singles = files.visible(root, ".safetensors")
   if (root / "config.json").is_file():
@@ -520,6 +526,27 @@ def _check_index(index: Mapping[str, Any], file: pathlib.Path) -> None:
       f"{file}: {said}, where {' or '.join(classes)} is built here: give a"
       " Stable Diffusion 1.x, 2.x or XL"
     )
+
+
+def _check_named(
+  index: Mapping[str, Any], root: pathlib.Path, left: Sequence[str]
+) -> None:
+  """Refuses folders that model_index.json denies, and strange settings."""
+  file = root / "model_index.json"
+  for part in _READ:
+    is_named = index.get(part) not in (None, False, [None, None])
+    if part not in left and not is_named and (root / part).is_dir():
+      raise errors.UserError(
+        f"{file} names no {part}, and {root / part} is there: they are of two"
+        " models; fetch the whole folder again"
+      )
+  for key, kind in (("_class_name", str), (_ZEROS, bool)):
+    if not isinstance(index.get(key, kind()), kind):
+      raise errors.UserError(
+        f"{file}: {key} is {index[key]!r}, where"
+        f" {'true or false' if kind is bool else 'a name'} is wanted: fetch it"
+        " again"
+      )
 
 
 def _method(method: str | None) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 from typing import Any
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 from dppp_jax.models import layers
 
 
@@ -17,7 +17,7 @@ def _check_numbers(config: Any) -> None:
       continue
     if value is None and field.type is not int:
       continue
-    if not isinstance(value, int) or value < least:
+    if not ranges.WHOLE.holds(value) or value < least:
       raise errors.UserError(
         f"{field.name} is {value!r} in the CLIP configuration: it must be a"
         f" whole number of at least {least}"
@@ -32,10 +32,10 @@ def _check(config: Any) -> None:
       f"hidden_size {config.hidden_size} is not a multiple of"
       f" num_attention_heads {config.num_attention_heads}: mend config.json"
     )
-  if not isinstance(config.layer_norm_eps, float | int):
+  if not ranges.POSITIVE.holds(config.layer_norm_eps):
     raise errors.UserError(
       f"layer_norm_eps is {config.layer_norm_eps!r} in the CLIP configuration:"
-      " it must be a number"
+      f" it must be {ranges.POSITIVE.text}"
     )
   layers.activation(config.hidden_act)
 
@@ -202,6 +202,11 @@ class Config:
 
   def __post_init__(self):
     _check_numbers(self)
+    if not ranges.ANY.holds(self.logit_scale_init_value):
+      raise errors.UserError(
+        f"logit_scale_init_value is {self.logit_scale_init_value!r} in the CLIP"
+        f" configuration: it must be {ranges.ANY.text}"
+      )
     # As in transformers, the outer number rules over those of the towers.
     for name in ("vision", "text"):
       tower = dataclasses.replace(

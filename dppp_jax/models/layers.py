@@ -25,15 +25,21 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+def activation(
+  name: str, *, key: str = "hidden_act"
+) -> Callable[[jax.Array], jax.Array]:
   """Returns the function that a Hugging Face `hidden_act` names.
+
+  Args:
+    name: of the function.
+    key: under which the name was given, for the error.
 
   Raises:
     errors.UserError: no such function is known here.
   """
-  if name not in _ACTIVATIONS:
+  if not isinstance(name, str) or name not in _ACTIVATIONS:
     raise errors.UserError(
-      f"hidden_act {name!r} is not known: use one of {', '.join(_ACTIVATIONS)}"
+      f"{key} {name!r} is not known: use one of {', '.join(_ACTIVATIONS)}"
     )
   return _ACTIVATIONS[name]
 

@@ -7,9 +7,11 @@ that is quietly left out makes pictures that are only slightly wrong.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any, TypeVar
+import types as types_lib
+from typing import Any, get_args, get_origin, get_type_hints, TypeVar, Union
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
+from dppp_jax.models import layers
 
 _T = TypeVar("_T")
 
@@ -27,6 +29,17 @@ _NO_EFFECT = frozenset(
     "upcast_attention",  # Logits and softmax are float32 here in any case.
   )
 )
+
+# Whole numbers count something, and others are factors, but for these.
+_RANGES = {
+  "freq_shift": dataclasses.replace(
+    ranges.ANY, text="a whole number", whole=True
+  ),
+  "downsample_padding": ranges.WHOLE,
+  "transformer_layers_per_block": ranges.WHOLE,
+  "reverse_transformer_layers_per_block": ranges.WHOLE,
+  "latents_mean": ranges.ANY,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +96,7 @@ class BackboneConfig:
   norm_num_groups: int = 32
   norm_eps: float = 1e-5
   cross_attention_dim: int | tuple[int, ...] = 1280
-  transformer_layers_per_block: int | tuple[Any, ...] = 1
+  transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
   attention_head_dim: int | tuple[int, ...] = 8
   num_attention_heads: int | tuple[int, ...] | None = None
   use_linear_projection: bool = False
@@ -208,7 +221,9 @@ class Config(BackboneConfig):
     "CrossAttnUpBlock2D",
     "CrossAttnUpBlock2D",
   )
-  reverse_transformer_layers_per_block: tuple[Any, ...] | None = None
+  reverse_transformer_layers_per_block: (
+    tuple[int | tuple[int, ...], ...] | None
+  ) = None
   center_input_sample: bool = False
   conv_in_kernel: int = 3
   conv_out_kernel: int = 3
@@ -349,8 +364,8 @@ def read(cls: type[_T], values: Mapping[str, Any], class_name: str) -> _T:
     An instance of cls; lists become tuples.
 
   Raises:
-    errors.UserError: the file is of another class, or a key that cls does not
-      know is set to something.
+    errors.UserError: the file is of another class, a key that cls does not
+      know is set to something, or a value is of another type or means nothing.
   """
   given = values.get("_class_name", class_name)
   if given != class_name:
@@ -358,11 +373,12 @@ def read(cls: type[_T], values: Mapping[str, Any], class_name: str) -> _T:
       f"config.json is of a {given}, where a {class_name} is wanted: give"
       " the folder of the right network"
     )
-  fields = {field.name for field in dataclasses.fields(cls)}
+  kinds = get_type_hints(cls)
   taken = {}
   for name, value in values.items():
-    if name in fields:
+    if name in kinds:
       taken[name] = _frozen(value)
+      _check_value(name, taken[name], kinds[name])
     elif name.startswith("_") or name in _NO_EFFECT or _is_unset(value):
       continue
     else:
@@ -371,6 +387,52 @@ def read(cls: type[_T], values: Mapping[str, Any], class_name: str) -> _T:
         " does not build: use another checkpoint"
       )
   return cls(**taken)
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+  """Refuses a value of another type than a field's, and empty numbers."""
+  if not _is_of(value, kind, name):
+    has_number = ranges.COUNT.holds(value) or isinstance(value, float)
+    allowed = _range(name, value) if has_number else None
+    wanted = allowed.text if allowed else _said(kind)
+    raise errors.UserError(
+      f"config.json sets {name} to {value!r}, where {wanted} is wanted: fetch"
+      " the file again, or mend it"
+    )
+  if name == "act_fn":
+    layers.activation(value, key=name)
+
+
+def _is_of(value: Any, kind: Any, name: str) -> bool:
+  """Tells whether a value, lists as tuples, is of an annotated type."""
+  if get_origin(kind) in (Union, types_lib.UnionType):
+    return any(_is_of(value, one, name) for one in get_args(kind))
+  if get_origin(kind) is tuple:
+    inner = get_args(kind)[0]
+    return isinstance(value, tuple) and all(
+      _is_of(one, inner, name) for one in value
+    )
+  if kind is float:
+    return type(value) in (int, float) and _range(name, value).holds(value)
+  if kind is int:
+    return type(value) is int and _range(name, value).holds(value)
+  return type(value) is kind
+
+
+def _range(name: str, value: Any) -> ranges.Range:
+  usual = ranges.COUNT if type(value) is int else ranges.POSITIVE
+  return _RANGES.get(name, usual)
+
+
+def _said(kind: Any) -> str:
+  """Returns a type in the words of JSON."""
+  if get_origin(kind) in (Union, types_lib.UnionType):
+    return " or ".join(_said(one) for one in get_args(kind))
+  if get_origin(kind) is tuple:
+    return f"a list of {_said(get_args(kind)[0])}"
+  names = {bool: "true or false", str: "a text", type(None): "null"}
+  names |= {int: "whole numbers", float: "numbers"}
+  return names[kind]
 
 
 def _is_unset(value: Any) -> bool:

@@ -85,6 +85,13 @@ class Config:
           f"{name} is {value} in the VAE's config.json; built here are"
           f" {len(self.block_out_channels)} times {kind}"
         )
+    for name in ("latents_mean", "latents_std"):
+      value = getattr(self, name)
+      if value is not None and len(value) != self.latent_channels:
+        raise errors.UserError(
+          f"{name} has {len(value)} entries in the VAE's config.json, and there"
+          f" are {self.latent_channels} latent channels"
+        )
     for width in self.block_out_channels:
       if width % self.norm_num_groups:
         raise errors.UserError(
@@ -375,12 +382,6 @@ def _statistics(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns mean and spread of the channels, [1, 1, 1, C]."""
   shape = (1, 1, 1, config.latent_channels)
-  for name in ("latents_mean", "latents_std"):
-    if len(getattr(config, name)) != math.prod(shape):
-      raise errors.UserError(
-        f"{name} has {len(getattr(config, name))} entries in the VAE's"
-        f" config.json, and there are {config.latent_channels} latent channels"
-      )
   dtype = jnp.asarray(latents).dtype
   return tuple(
     jnp.asarray(values, dtype).reshape(shape)
