@@ -9,6 +9,7 @@ them changes nothing and another network is another dataset.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 import os
 import pathlib
@@ -51,9 +52,8 @@ _SOURCE = (
 # Beside what geneperson/checks.py and the parts themselves look at.
 RANGES = {
   "person_light": ranges.UNIT,
-  "sampler.guidance": ranges.NON_NEGATIVE,
-  "control.pose_scale": ranges.NON_NEGATIVE,
-  "control.grid_scale": ranges.NON_NEGATIVE,
+  **dict.fromkeys(("num_identities", "cap", "cells"), ranges.COUNT),
+  "seed": dataclasses.replace(ranges.WHOLE, high=2**63 - 1),
 }
 
 

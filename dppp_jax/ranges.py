@@ -68,6 +68,9 @@ WHOLE = Range("a whole number of at least 0", low=0, high=_LARGEST, whole=True)
 COUNTS = dataclasses.replace(
   COUNT, text="whole numbers of at least 1", length=0
 )
+SIDE = dataclasses.replace(
+  COUNT, text="a whole number from 1 to 16384", high=2**14
+)
 PAIR = dataclasses.replace(
   COUNT, text="height and width, such as 256,128", high=2**14, length=2
 )

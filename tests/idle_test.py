@@ -74,6 +74,11 @@ def test_of_a_generation():
   assert "config.loras.style_scale" not in found
   found = idle.keys(_change("geneperson.py", {"sampler.guidance": 1.0}))
   assert "config.prompt.negative" in found
+  changes = {"loras.style": "x", "loras.style_scale": 0.0, "tries": 1}
+  changes |= {"control.pose_scale": 0.0, "prompt.long": "truncate"}
+  found = idle.keys(_change("geneperson.py", changes))
+  wanted = {"loras.style", "control.pose_range", "min_images", "prompt.pooled"}
+  assert {f"config.{key}" for key in wanted} <= found.keys()
   assert not idle.keys(_change("geneperson.py:paperdoll", {}))
 
 

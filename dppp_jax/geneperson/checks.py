@@ -4,14 +4,48 @@ What files show is looked at where they are found.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 from typing import Any
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 from dppp_jax.diffusion import components as components_lib
 from dppp_jax.diffusion import conditioning, schedulers
 from dppp_jax.geneperson import canvas
 from dppp_jax.geneperson import networks as networks_lib
+
+_FACTOR = dataclasses.replace(
+  ranges.NON_NEGATIVE, text="a number from 0 to 1000", high=1e3
+)
+_SCALE = dataclasses.replace(
+  ranges.ANY, text="a number from -1000 to 1000", low=-1e3, high=1e3
+)
+_RULE = dataclasses.replace(
+  ranges.ANY, text="a number of at most 1, below 0 for no such rule", high=1
+)
+# Of a diffusion's configuration; where two numbers have to fit each other,
+# `numbers` looks at them.
+RANGES = {
+  **dict.fromkeys(("rows", "cols", "multiple"), ranges.SIDE),
+  **dict.fromkeys(("cell", "matting.size", "image_size"), ranges.PAIR),
+  "line_width": dataclasses.replace(ranges.WHOLE, high=ranges.SIDE.high),
+  **dict.fromkeys(("batch_size", "decode_batch", "steps"), ranges.COUNT),
+  **dict.fromkeys(("num_identities", "cap", "tries"), ranges.COUNT),
+  **dict.fromkeys(("min_images", "backgrounds.count"), ranges.COUNT),
+  **dict.fromkeys(("num_threads", "stack_from", "devices"), ranges.WHOLE),
+  "guidance": _FACTOR,
+  "guidance_rescale": ranges.UNIT,
+  **dict.fromkeys(("pose_scale", "grid_scale"), _FACTOR),
+  **dict.fromkeys(("detail_scale", "lighting_scale", "style_scale"), _SCALE),
+  **dict.fromkeys(("min_peak", "min_area", "max_area", "max_second"), _RULE),
+  **dict.fromkeys(("max_border", "max_feet", "min_sharpness"), _RULE),
+  "min_agreement": _RULE,
+  "min_difference": dataclasses.replace(
+    ranges.ANY,
+    text="a number of at most 255, below 0 for no such rule",
+    high=255,
+  ),
+}
 
 
 def finite(config: Mapping[str, Any], where: str = "") -> None:
@@ -44,6 +78,8 @@ def numbers(config: Mapping[str, Any]) -> None:
   Raises:
     errors.UserError: a pair that is none, or a number below 0.
   """
+  ranges.check(config, RANGES, where="--config.")
+  thresholds = tuple(config["canvas"]["canny"])
   # (a, b, c): a flag given twice is both, one after the other.
   for group, key, least in (
     ("canvas", "cell", 1),
@@ -60,19 +96,21 @@ def numbers(config: Mapping[str, Any]) -> None:
         f"--config.{group}.{key}={values}: write two numbers from {least} on,"
         " once, such as 256,128"
       )
-  if max(thresholds := tuple(config["canvas"]["canny"])) >= canvas.STEP:
+  low, high = (config["rules"][f"{end}_area"] for end in ("min", "max"))
+  if 0 <= high < low:
+    raise errors.UserError(
+      f"--config.rules.min_area={low} is above --config.rules.max_area={high}:"
+      " every cell would be dropped"
+    )
+  if thresholds[0] > thresholds[1]:
+    raise errors.UserError(
+      f"--config.canvas.canny={thresholds}: write the low threshold first"
+    )
+  if max(thresholds) >= canvas.STEP:
     raise errors.UserError(
       f"--config.canvas.canny={thresholds}: finds no edge of a black line on"
       f" white: both must be below {canvas.STEP}"
     )
-  for group, key in (
-    ("canvas", "line_width"),
-    ("sampler", "guidance_rescale"),
-    ("run", "num_threads"),
-    ("run", "stack_from"),
-  ):
-    if (value := config[group][key]) < 0:
-      raise errors.UserError(f"{group}.{key}={value}: must be 0 or more")
   text = config["prompt"]
   if (least := text["min_chunks"]) < 1:
     raise errors.UserError(f"prompt.min_chunks={least}: must be at least 1")

@@ -21,6 +21,9 @@ def keys(config: Mapping[str, Any]) -> dict[str, str]:
   for slot in slots:
     if not loras[slot]:
       found[f"config.loras.{slot}_scale"] = f"config.loras.{slot} is empty"
+    elif not loras[f"{slot}_scale"]:
+      why = f"config.loras.{slot}_scale is 0"
+      found |= {f"config.loras.{key}": why for key in (slot, f"{slot}_scale")}
   if not any(loras[slot] for slot in slots):
     found["config.loras.allow_unmatched"] = "there is no LoRA"
   for name, more in (("pose", ()), ("grid", ("line_width", "canny"))):
@@ -29,9 +32,17 @@ def keys(config: Mapping[str, Any]) -> dict[str, str]:
       for key in ("scale", "range"):
         found[f"config.control.{name}_{key}"] = why
       found |= {f"config.canvas.{key}": why for key in more}
+    elif not config["control"][f"{name}_scale"]:
+      why = f"config.control.{name}_scale is 0"
+      found[f"config.control.{name}_range"] = why
   if not models["pose_controlnet"] and not models["grid_controlnet"]:
     why = "there is no ControlNet"
     found |= {"config.sampler.guess": why, "config.models.union_kinds": why}
+  if config["tries"] == 1:
+    found["config.min_images"] = "config.tries is 1: there is no other canvas"
+  if config["prompt"]["long"] != "chunk":
+    why = "without config.prompt.long=chunk each prompt is one chunk"
+    found["config.prompt.pooled"] = why
   if sampler["guidance"] <= 1:
     why = "without guidance (config.sampler.guidance above 1) it is not read"
     for key in ("sampler.guidance_rescale", "prompt.negative"):
