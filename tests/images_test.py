@@ -282,3 +282,37 @@ def test_arrays_that_are_no_picture(array, says):
   with pytest.raises(errors.UserError, match=f"^image 3 .*{says}") as caught:
     images.of_array(array, name="image 3")
   assert "\n" not in str(caught.value)
+
+
+def _chunk(kind, data):
+  crc = struct.pack(">I", zlib.crc32(kind + data))
+  return struct.pack(">I", len(data)) + kind + data + crc
+
+
+def _deep_png(values, colour_type, clear=None):
+  """Encodes [H, W, C] of 16 bits, which Pillow writes of grey alone."""
+  height, width, _ = values.shape
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+  head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+  parts = [_chunk(b"IHDR", head)]
+  if clear is not None:
+    parts.append(_chunk(b"tRNS", struct.pack(">H", clear)))
+  parts += [_chunk(b"IDAT", zlib.compress(rows)), _chunk(b"IEND", b"")]
+  return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_the_transparent_value_of_deep_grey_is_laid_on_white():
+  values = np.array([[[0], [30000]], [[65535], [0]]])
+  decoded = images.decode(_deep_png(values, 0, clear=0), name="a.png")
+  assert decoded[..., 0].tolist() == [[255, 117], [255, 255]]
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_few_bits_in_deep_colours_are_refused(colour_type, channels):
+  values = np.full((4, 4, channels), 200)
+  if colour_type != 2:
+    values[..., -1] = 65535  # Alpha.
+  with pytest.raises(images.CorruptImageError, match=r"a\.png.*below 4096"):
+    images.decode(_deep_png(values, colour_type), name="a.png")
+  values[0, 0, 0] = 60000
+  assert images.decode(_deep_png(values, colour_type), name="a").max() == 234

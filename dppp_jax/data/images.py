@@ -104,7 +104,16 @@ def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
   if 0 in image.size:
     width, height = image.size
     raise refuse(f"is {width} x {height} pixels: remove it")
+  # Of colours of 16 bits Pillow keeps the upper 8.
+  is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+  clear = image.info.get("transparency")
   image = PIL.ImageOps.exif_transpose(image)
+  if is_deep and not image.mode.startswith("I"):
+    most = max(high for _, high in _colours(image).getextrema())
+    if 0 <= most < 16:
+      raise refuse(
+        "16-bit values, all of them below 4096: save the picture with 8 bits"
+      )
   if image.mode.startswith("I;16"):
     values = np.asarray(image).astype(np.uint16)
     # 8 or 12 bits in a file of 16: scaled, next to nothing would be left.
@@ -113,6 +122,8 @@ def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
         f"16-bit values of at most {values.max()}: save the picture with 8 bits"
       )
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if isinstance(clear, int):  # The value that is transparent.
+      grey = np.where(values == clear, np.uint8(255), grey)
     return np.repeat(grey[:, :, None], 3, axis=2)
   if image.mode in ("I", "F", "LAB"):
     kind = {"I": "32-bit integers", "F": "floats", "LAB": "Lab colours"}
@@ -127,6 +138,15 @@ def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
     white = PIL.Image.new("RGBA", image.size, "white")
     image = PIL.Image.alpha_composite(white, image)
   return np.array(image.convert("RGB"))
+
+
+def _colours(image: PIL.Image.Image) -> PIL.Image.Image:
+  """Returns a picture of RGB, black where nothing shows."""
+  if not image.has_transparency_data:
+    return image.convert("RGB")
+  image = image.convert("RGBA")
+  ground = PIL.Image.new("RGBA", image.size, "black")
+  return PIL.Image.alpha_composite(ground, image).convert("RGB")
 
 
 def of_array(array: Any, *, name: str) -> np.ndarray:
