@@ -151,3 +151,16 @@ def test_no_network_at_all_is_one_sentence(monkeypatch):
   with pytest.raises(errors.UserError, match="could not be fetched") as caught:
     diffusers_folder.resolve("b/unlisted")
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, RuntimeError])
+def test_no_network_is_one_line_whatever_the_library_raises(monkeypatch, error):
+  def fail(*_, **__):
+    raise error("Name or service not known")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+  with pytest.raises(
+    errors.UserError, match=r"a/b is no local path.*not known"
+  ):
+    diffusers_folder.resolve("a/b")

@@ -111,7 +111,7 @@ def resolve(
       folder = huggingface_hub.snapshot_download(
         text, allow_patterns=[*patterns, *_PICKLES]
       )
-  except (OSError, ValueError) as error:  # All of the hub's errors are these.
+  except Exception as error:  # Its own, and those of its library of HTTP.
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise errors.UserError(
       f"{text} is no local path and could not be fetched from the hub"
@@ -130,7 +130,7 @@ def _choose(
 
   try:
     files = huggingface_hub.list_repo_files(name)
-  except (OSError, ValueError):
+  except Exception:  # As in `resolve`.
     return patterns  # What was fetched before may still be at hand.
   matches = lambda file: any(fnmatch.fnmatch(file, p) for p in patterns)
   return list(choose([file for file in files if matches(file)]))
