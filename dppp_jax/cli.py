@@ -112,6 +112,25 @@ def path(
   )
 
 
+def refuse_other(config: Mapping[str, Any], *keys: str, wanted: str) -> None:
+  """Refuses a configuration of another launcher.
+
+  Args:
+    config: as nested dicts.
+    *keys: that all configurations of this launcher have.
+    wanted: a file of configs/ for this launcher.
+
+  Raises:
+    errors.UserError: a key is missing.
+  """
+  missing = [key for key in keys if key not in config]
+  if missing:
+    raise errors.UserError(
+      f"--config: it has no {missing[0]}, and is of another command: give"
+      f" {wanted}"
+    )
+
+
 def refuse_idle(args: flags.FlagValues, idle: Mapping[str, str]) -> None:
   """Refuses what was given on the command line and would do nothing.
 
@@ -166,6 +185,11 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     raise errors.UserError(
       f"--config {name}: no such file; the shipped ones are"
       f" {', '.join('configs/' + s for s in shipped) or 'missing'}"
+    )
+  if path.suffix != ".py":
+    raise errors.UserError(
+      f"--config {name}: is no Python file: give one such as"
+      " configs/geneperson.py"
     )
   module_spec = importlib.util.spec_from_file_location(
     f"dppp_config_{path.stem}", path

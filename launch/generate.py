@@ -37,6 +37,8 @@ def define_flags():
 
 def main(args) -> int:
   """Feeds the store with people, and says where the dataset lies."""
+  wanted = "configs/geneperson.py, or a preset of it"
+  cli.refuse_other(args.config, "maker", "image_size", wanted=wanted)
   cli.refuse_idle(args, idle.keys(args.config.to_dict()))
   shard = store.parse_shard(args.shard)
   work = generation.build(args.config.to_dict(), data_dir=args.data_dir)

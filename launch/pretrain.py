@@ -17,6 +17,8 @@ def define_flags():
 
 def main(args) -> int:
   """Trains, and says where the network lies."""
+  wanted = "one of configs/pretrain_*.py"
+  cli.refuse_other(args.config, "method", "data", "train", wanted=wanted)
   cli.refuse_idle(args, methods.idle(args.config.to_dict()))
   folder = methods.train(args.config.to_dict(), args.workdir)
   if folder is None:

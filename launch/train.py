@@ -17,6 +17,8 @@ def define_flags():
 
 def main(args) -> int:
   """Trains, and says how to evaluate."""
+  wanted = "configs/dppp.py, or a preset of it"
+  cli.refuse_other(args.config, "clip", "dppp", "eval", wanted=wanted)
   cli.refuse_idle(args, training.idle(args.config.to_dict()))
   outcome = training.train(
     args.config.to_dict(), data_dir=args.data_dir, workdir=args.workdir

@@ -1,5 +1,6 @@
 """Every mistake on the command line: one line on stderr, exit code 2."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -355,3 +356,40 @@ def test_as_a_program(config_file, tmp_path):
   asked = call("--help")
   assert "Does nothing." in asked.stdout and "--config" in asked.stdout
   assert "An output folder." in asked.stdout
+
+
+@pytest.mark.parametrize(
+  ("command", "config", "wanted"),
+  [
+    ("generate", "dppp.py:mini", "configs/geneperson.py"),
+    ("train", "geneperson.py:mini", "configs/dppp.py"),
+    ("train", "pretrain_vae.py", "configs/dppp.py"),
+    ("pretrain", "geneperson.py:paperdoll", "configs/pretrain_"),
+    ("pretrain", "dppp.py", "no such method|choose|configs/pretrain_"),
+  ],
+)
+def test_a_config_of_another_command(tmp_path, capsys, command, config, wanted):
+  location = cli.ROOT / "launch" / f"{command}.py"
+  spec = importlib.util.spec_from_file_location("launcher", location)
+  launcher = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(launcher)
+  words = [f"--config={config}"]
+  if command != "generate":
+    words.append(f"--workdir={tmp_path / 'run'}")
+  with pytest.raises(SystemExit) as info:
+    cli.run(
+      launcher.main,
+      config="",
+      define_flags=launcher.define_flags,
+      argv=[command, *words],
+    )
+  assert info.value.code == 2
+  _assert_one_line(capsys.readouterr().err, wanted)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_a_python_file(tmp_path, capsys):
+  path = tmp_path / "notes.md"
+  path.write_text("# notes")
+  assert _call(lambda args: None, config=str(path)) == 2
+  _assert_one_line(capsys.readouterr().err, "notes.md: is no Python file")

@@ -381,8 +381,8 @@ def _mistake(capsys, *words):
     (["prompt.template={{gender}} {{shoes}}"], "shoes} is no attribute"),
     # Canvas.
     (["canvas.cell=30,16", "canvas.multiple=8"], "60 pixels high.*multiple"),
-    (["canvas.cell=32,16,8"], r"canvas\.cell=\(32, 16, 8\): write two"),
-    (["canvas.rows=0"], "is empty: all numbers must be positive"),
+    (["canvas.cell=32,16,8"], r"canvas\.cell=\(32, 16, 8\): give height"),
+    (["canvas.rows=0"], "give a whole number from 1"),
     (
       ["canvas.cell=31,16", "canvas.multiple=1", "canvas.rows=1"],
       "config.canv",
@@ -390,8 +390,8 @@ def _mistake(capsys, *words):
     (["backgrounds.size=16,16"], "smaller than a cell"),
     (["poses.fill=1.4"], r"poses\.fill: .*off the"),
     (["poses.fill=0"], r"poses\.fill: fill 0: must be above 0"),
-    (["matting.size=0,0"], r"matting\.size=\(0, 0\): write two numbers from 1"),
-    (["matting.size=0,48"], r"matting\.size=\(0, 48\): write two"),
+    (["matting.size=0,0"], r"matting\.size=\(0, 0\): give height and width"),
+    (["matting.size=0,48"], r"matting\.size=\(0, 48\): give height and width"),
     # Numbers.
     (["sampler.steps=0"], "steps=0: give a whole number"),
     (["sampler.steps=2000"], r"config\.sampler: "),

@@ -1,6 +1,5 @@
 """What stands beside weights: each key is honoured, or refused by its name."""
 
-import dataclasses
 import json
 import math
 import shutil

@@ -13,7 +13,6 @@ and the last layer are float32 in any case.
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
