@@ -17,6 +17,6 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
   if not isinstance(path, (str, os.PathLike)) or not str(path):
     raise errors.UserError(f"{path!r} is no path: give a file or a folder")
   try:
-    return pathlib.Path(path).expanduser()
+    return pathlib.Path(os.fsdecode(path)).expanduser()
   except RuntimeError as error:
     raise errors.UserError(f"{path}: no such home folder") from error

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import dppp_jax
-from dppp_jax import checkpoints, errors, trees
+from dppp_jax import checkpoints, cli, errors, paths, trees
 from dppp_jax.data import images as images_lib
 from dppp_jax.data import source as source_lib
 from dppp_jax.evals import export, extractor
@@ -437,3 +437,24 @@ def test_parameters_are_only_those_used(content):
   assert not any("text" in name or "logit_scale" in name for name in names)
   expected = trees.flatten(clip.param_shapes(content.spec.vision)).keys()
   assert {n.removeprefix("clip/") for n in names if "clip" in n} == expected
+
+
+@pytest.mark.parametrize("text", ["5", "null", "[" * 100_000])
+def test_a_config_that_is_no_object_is_one_line(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(errors.UserError, match="holds no weights"):
+    extractor.load_extractor(tmp_path)
+
+
+def test_a_config_of_another_network_is_named():
+  unet = cli.ROOT / "dppp_jax/assets/mini/sdxl/unet"
+  with pytest.raises(errors.UserError, match=r"sdxl/unet/config\.json: config"):
+    extractor.load_extractor(unet)
+
+
+def test_a_path_may_be_of_bytes(tmp_path):
+  class Place:
+    def __fspath__(self):
+      return bytes(tmp_path)
+
+  assert paths.expand(Place()) == tmp_path

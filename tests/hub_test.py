@@ -160,7 +160,5 @@ def test_no_network_is_one_line_whatever_the_library_raises(monkeypatch, error):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
   monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
-  with pytest.raises(
-    errors.UserError, match=r"a/b is no local path.*not known"
-  ):
+  with pytest.raises(errors.UserError, match=r"a/b is no .*not known"):
     diffusers_folder.resolve("a/b")

@@ -454,6 +454,7 @@ def _is_export(path: pathlib.Path) -> bool:
   if not file.is_file():
     return False
   try:
-    return spec_lib.MARK in json.loads(file.read_bytes())
-  except ValueError:
+    values = json.loads(file.read_bytes())
+    return isinstance(values, dict) and spec_lib.MARK in values
+  except (ValueError, RecursionError):
     return False  # Whoever reads it next says so.

@@ -43,7 +43,7 @@ def clip(
     config = _openai_config(path, tensors, prefix, hidden_act)
     table = rules.openai_clip(prefix)
   else:
-    config = clip_lib.Config.from_hf(hub.read_json(_beside(path)))
+    config = _config(_beside(path), clip_lib.Config.from_hf)
     table = rules.hf_clip()
   return config, _fill(config, tensors, table, path)
 
@@ -126,7 +126,7 @@ def _open_tower(path: Any, name: str, from_hf: Any) -> Any:
   other = "vision_model." if name == "text" else "text_model."
   outer = {"text": "text_projection", "vision": "visual_projection"}
   if is_whole:
-    config = getattr(clip_lib.Config.from_hf(values), name)
+    config = getattr(_config(_beside(path), clip_lib.Config.from_hf), name)
     kept = (f"{name}_model.", outer[name])
     dropped = (other, *outer.values(), "logit_scale")
     tensors = {
@@ -135,11 +135,20 @@ def _open_tower(path: Any, name: str, from_hf: Any) -> Any:
       if key.startswith(kept) or not key.startswith(dropped)
     }
   else:
-    config = from_hf(values)
+    config = _config(_beside(path), from_hf)
   if f"{outer[name]}.weight" not in tensors:
     # config.json has a projection_dim even where there is no projection.
     config = _without_projection(config)
   return path, config, tensors
+
+
+def _config(file: pathlib.Path, from_hf: Any) -> Any:
+  """Reads a config.json; its name stands before what is wrong with it."""
+  values = hub.read_json(file)
+  try:
+    return from_hf(values)
+  except errors.UserError as error:
+    raise errors.UserError(f"{file}: {error}") from error
 
 
 def _without_projection(config: Any) -> Any:
