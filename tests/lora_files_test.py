@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from dppp_jax import errors, trees
 from dppp_jax.geneperson import sources
-from dppp_jax.weights import lora, lora_keys
+from dppp_jax.weights import lora, lora_keys, peft_config
 
 _R = np.random.default_rng(0)
 RANK = 4
@@ -266,3 +266,26 @@ def test_zeros_are_no_lora(trees_, tmp_path):
 def test_what_is_no_lora_of_this_base(trees_, tmp_path, name, said):
   path = write(tmp_path, {name: A})
   refused(trees_, path, f"matches no module .*{said}")
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("r", "4"),
+    ("lora_alpha", [1]),
+    ("lora_alpha", True),
+    ("use_rslora", "yes"),
+    ("rank_pattern", []),
+    ("alpha_pattern", "x"),
+    ("exclude_modules", 5),
+  ],
+)
+def test_peft_values_of_another_type_are_refused(key, value):
+  with pytest.raises(errors.UserError, match=f"a.json sets {key} to"):
+    peft_config.Adapter("a.json", {key: value})
+
+
+def test_factors_whose_product_overflows_are_refused(trees_, tmp_path):
+  name = "lora_unet_" + LEAF.removesuffix("/kernel").replace("/", "_")
+  huge = {k: v * np.float32(1e30) for k, v in factors(name).items()}
+  refused(trees_, write(tmp_path, huge), "is not finite")

@@ -351,13 +351,14 @@ def _delta(
       if delta is not None:
         raise ValueError(f"{kind} and {name} at once")
       kind = name
-      factor, delta = product(left, weight)
+      with np.errstate(over="ignore", invalid="ignore"):  # Looked at below.
+        factor, delta = product(left, weight)
+        if factor != 1:
+          delta = factor * delta
+        delta = np.asarray(delta, np.float32)
       if "up_bias" in left:
         more = factor * left.pop("up_bias")
         bias = more if bias is None else bias + more
-      if factor != 1:
-        delta = factor * delta
-      delta = np.asarray(delta, np.float32)
     magnitude = left.pop("dora", None)
     is_per_output = "magnitude" in left
     magnitude = left.pop("magnitude", magnitude)
@@ -376,6 +377,12 @@ def _delta(
       f"{where}: its factors do not go together"
       f" ({str(error).splitlines()[0]}): the file is damaged"
     ) from error
+  for part in (delta, bias):
+    if part is not None and not np.isfinite(part).all():
+      raise errors.UserError(
+        f"{where}: the product of its factors is not finite: its training"
+        " diverged, or the file is damaged; use another one"
+      )
   left.pop("alpha", None)
   if left:
     raise errors.UserError(

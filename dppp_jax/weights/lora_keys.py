@@ -404,7 +404,8 @@ def _check_notes(
   """
   alpha, rank = (metadata.get(f"ss_network_{key}") for key in ("alpha", "dim"))
   is_number = all(
-    re.fullmatch(r"\d+(\.\d*)?", str(value)) for value in (alpha, rank)
+    re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", str(value))
+    for value in (alpha, rank)
   )
   is_bare = not any("alpha" in parts for parts in modules.values())
   has_factors = any("down" in parts for parts in modules.values())

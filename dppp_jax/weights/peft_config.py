@@ -53,6 +53,18 @@ _NO_EFFECT = frozenset(
 # Ways to begin that leave the weights of the base as they are; others (PiSSA,
 # OLoRA, CorDA, LoftQ) change them, and their factors mean nothing without.
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Types of what is read; null is as if nothing stood there.
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+  "r": (int, "a whole number"),
+  "lora_alpha": ((int, float), "a number"),
+  "use_rslora": (bool, "true or false"),
+  "use_dora": (bool, "true or false"),
+  "lora_bias": (bool, "true or false"),
+  "rank_pattern": (dict, "an object of names and ranks"),
+  "alpha_pattern": (dict, "an object of names and numbers"),
+  "target_modules": ((list, str), "a list of names or a text"),
+  "exclude_modules": ((list, str), "a list of names or a text"),
+}
 # What peft takes where its file is silent.
 _ALPHA = 8
 
@@ -82,6 +94,14 @@ class Adapter:
         f" {self.values['init_lora_weights']!r}, which changes the weights of"
         " the base too: convert it to a plain LoRA with peft"
       )
+    for key, (kind, wanted) in _TYPES.items():
+      value = self.values.get(key)
+      is_strange = isinstance(value, bool) and kind is not bool
+      if value is not None and (is_strange or not isinstance(value, kind)):
+        raise errors.UserError(
+          f"{self.where} sets {key} to {value!r}, where {wanted} is wanted:"
+          " write the file again"
+        )
     for key, value in self.values.items():
       is_unset = value in (None, False, "none") or value in ({}, [], ())
       if key in _READ | _NO_EFFECT or key == "init_lora_weights" or is_unset:
@@ -117,7 +137,11 @@ class Adapter:
         )
     self._check_trained(stem)
     alpha = self._of("alpha_pattern", stem, self.values.get("lora_alpha"))
-    alpha = np.float32(_ALPHA if alpha is None else alpha)
+    alpha = _ALPHA if alpha is None else alpha
+    if type(alpha) not in (int, float):
+      raise ValueError(f"alpha {alpha!r}")
+    with np.errstate(over="ignore"):
+      alpha = np.float32(alpha)
     if not np.isfinite(alpha):
       raise ValueError(f"alpha {alpha}")
     if self.values.get("use_rslora"):  # alpha / sqrt(r), others alpha / r.
