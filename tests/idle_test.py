@@ -30,7 +30,8 @@ def _change(config, changes):
   ],
 )
 def test_of_a_training(changes, keys):
-  usual = {"config.eval.benchmarks", "config.dppp.warmup_factor"}
+  usual = {"config.eval.allow_partial", "config.eval.benchmarks"}
+  usual |= {"config.eval.dtype", "config.dppp.warmup_factor"}
   found = training.idle(
     _change("dppp.py", {f"dppp.{k}": v for k, v in changes.items()})
   )
@@ -74,6 +75,13 @@ def test_of_a_generation():
   assert "config.loras.style_scale" not in found
   found = idle.keys(_change("geneperson.py", {"sampler.guidance": 1.0}))
   assert "config.prompt.negative" in found
+  assert "config.loras.allow_unmatched" in idle.keys(
+    _change("geneperson.py", {})
+  )
+  changes = {"models.grid_controlnet": "", "models.pose_controlnet": ""}
+  found = idle.keys(_change("geneperson.py", changes))
+  wanted = {"config.sampler.guess", "config.models.union_kinds"}
+  assert wanted <= found.keys()
   changes = {"loras.style": "x", "loras.style_scale": 0.0, "tries": 1}
   changes |= {"control.pose_scale": 0.0, "prompt.long": "truncate"}
   found = idle.keys(_change("geneperson.py", changes))
