@@ -104,7 +104,9 @@ def build(
   pipeline.check_positive(
     num_identities=config["num_identities"], cap=config["cap"]
   )
-  return makers[config["maker"]](config, paths.expand(data_dir))
+  data_dir = paths.expand(data_dir)
+  paths.refuse_unwritable(data_dir, flag="--data_dir")
+  return makers[config["maker"]](config, data_dir)
 
 
 def _paperdoll(config: dict[str, Any], data_dir: pathlib.Path) -> Work:

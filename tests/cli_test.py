@@ -10,7 +10,7 @@ import textwrap
 from absl import flags
 import pytest
 
-from dppp_jax import cli, errors
+from dppp_jax import cli, errors, paths
 
 _CONFIG = """
 import ml_collections
@@ -393,3 +393,11 @@ def test_a_config_is_a_python_file(tmp_path, capsys):
   path.write_text("# notes")
   assert _call(lambda args: None, config=str(path)) == 2
   _assert_one_line(capsys.readouterr().err, "notes.md: is no Python file")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+  paths.refuse_unwritable(tmp_path / "a" / "b", flag="--data_dir")
+  (tmp_path / "file").write_text("")
+  for place in (tmp_path / "file", tmp_path / "file" / "below"):
+    with pytest.raises(errors.UserError, match=r"--data_dir=.*is no folder"):
+      paths.refuse_unwritable(place, flag="--data_dir")

@@ -10,7 +10,7 @@ import pytest
 from dppp_jax import cli, errors
 from dppp_jax.diffusion import schedulers
 from dppp_jax.evals import spec
-from dppp_jax.geneperson import components
+from dppp_jax.geneperson import components, sources
 from dppp_jax.models import clip_config, unet_config, vae
 from dppp_jax.weights import load
 
@@ -117,6 +117,7 @@ def test_steps_of_a_sampler_matter_to_that_sampler():
   [
     ("transformer", ["diffusers", "FluxTransformer2DModel"]),
     ("text_encoder", ["kolors", "ChatGLMModel"]),
+    ("text_encoder_2", ["transformers", "T5EncoderModel"]),
     ("unet", ["diffusers", "UNetSpatioTemporalConditionModel"]),
     ("tokenizer", ["transformers", "BertTokenizer"]),
     ("requires_aesthetics_score", True),
@@ -419,3 +420,17 @@ def test_an_index_that_contradicts_its_folder(tmp_path, change, said):
   (tmp_path / "model_index.json").write_text(json.dumps(index | change))
   with pytest.raises(errors.UserError, match=said):
     components.find_components(tmp_path)
+
+
+def test_a_vae_of_its_own_excuses_only_the_vae(tmp_path):
+  index = json.loads((_MINI / "sdxl/model_index.json").read_text())
+  shutil.copytree(_MINI / "sdxl", tmp_path / "base")
+  overrides = sources.Overrides(vae=str(_MINI / "sdxl/vae"))
+  for name, is_refused in (("vae", False), ("unet", True)):
+    wrong = json.dumps(index | {name: ["diffusers", "SomethingElse"]})
+    (tmp_path / "base/model_index.json").write_text(wrong)
+    if is_refused:
+      with pytest.raises(errors.UserError, match="unet"):
+        components.find_components(tmp_path / "base", overrides=overrides)
+    else:
+      components.find_components(tmp_path / "base", overrides=overrides)

@@ -160,11 +160,13 @@ def parts(
       f" {layout.cell}"
     )
   for name in controls:
-    check = lambda name=name: components_lib.control_scales(
-      control[f"{name}_scale"],
-      control[f"{name}_range"],
-      count=1,
-      steps=steps,
-      length=steps,
+    scale, span = control[f"{name}_scale"], control[f"{name}_range"]
+    check = lambda scale=scale, span=span: components_lib.control_scales(
+      scale, span, count=1, steps=steps, length=steps
     )
-    named(f"control.{name}_range", check)
+    if scale and not named(f"control.{name}_range", check).any():
+      raise errors.UserError(
+        f"--config.control.{name}_range={span}: none of {steps} steps lies in"
+        " it, so that this ControlNet would never run: widen it, or set"
+        f" --config.control.{name}_scale=0"
+      )

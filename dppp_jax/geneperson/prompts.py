@@ -86,8 +86,14 @@ class Person:
         commas that speaks of nothing else.
 
     Raises:
-      errors.UserError: a placeholder that there is no word for.
+      errors.UserError: a placeholder that there is no word for, or no
+        placeholder: all people would have the same prompt.
     """
+    if "{" not in template:
+      raise errors.UserError(
+        f"template {template!r}: has no placeholder, and would be the prompt of"
+        " everybody: write {gender} or another attribute into it"
+      )
     values = {"build": _NONE, **self.words}
     for part in _PARTS:
       color, pattern, kind = (

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dppp_jax import errors, paths
+from dppp_jax import errors, files, paths
 
 PATH = pathlib.Path(__file__).with_name("vocabulary.json")
 OUTFIT = tuple(
@@ -253,12 +253,8 @@ def load(path: str | pathlib.Path) -> Vocabulary:
     errors.UserError: no such file, not JSON, lists missing, forbidden or
       repeated words, or rules about words that are in no list.
   """
-  try:
-    raw = json.loads(paths.expand(path).read_bytes())
-  except (OSError, ValueError) as error:
-    raise errors.UserError(
-      f"{path} cannot be read as a vocabulary ({error})"
-    ) from error
+  wanted = f"give a vocabulary, written as {PATH.name} of this package is"
+  raw = files.read_json(paths.expand(path), wanted=wanted)
   return Vocabulary(raw, where=str(path))
 
 
