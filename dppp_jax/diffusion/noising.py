@@ -12,7 +12,7 @@ from typing import Any, get_args, Literal
 
 import numpy as np
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 
 Method = Literal["euler_ancestral", "euler", "ddim", "dpmpp_2m"]
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
@@ -61,7 +61,9 @@ _OTHERS = frozenset(
     *("time_shift_type", "flow_shift"),  # Of flows, which are refused.
   )
 )
-_MOST_STEPS = 10**6  # Of training; all have 1000.
+# Of training; all have 1000.
+_STEPS = dataclasses.replace(ranges.COUNT, low=2, high=10**6)
+_BETA = dataclasses.replace(ranges.POSITIVE, high=1, open_high=True)
 _RHO = 7.0  # Karras et al. 2022, Eq. 5.
 # What a folder may ask, and only one answer is built: of any sampler, where it
 # is about the network, and of one.
@@ -224,19 +226,16 @@ def _method(given: Mapping[str, Any], method: Method | None) -> Method:
 
 def _check_values(config: Config) -> None:
   """Refuses values of scheduler_config.json that mean nothing."""
-  is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
-  is_count = lambda x, least: type(x) is int and x >= least
-  start, end = config.beta_start, config.beta_end
+  steps, offset = config.num_train_timesteps, config.steps_offset
+  is_steps = _STEPS.holds(steps)
   sound = {
     "prediction_type": config.prediction_type in ("epsilon", "v_prediction"),
-    "num_train_timesteps": is_count(config.num_train_timesteps, 2)
-    and config.num_train_timesteps <= _MOST_STEPS,
-    "beta_start": is_number(start) and 0 < start < 1,
-    "beta_end": is_number(end) and 0 < end < 1,
+    "num_train_timesteps": is_steps,
+    "beta_start": _BETA.holds(config.beta_start),
+    "beta_end": _BETA.holds(config.beta_end),
     "beta_schedule": config.beta_schedule in ("linear", "scaled_linear"),
     "timestep_spacing": config.timestep_spacing in get_args(Spacing),
-    "steps_offset": is_count(config.steps_offset, 0)
-    and config.steps_offset < config.num_train_timesteps,
+    "steps_offset": is_steps and ranges.WHOLE.holds(offset) and offset < steps,
     "set_alpha_to_one": type(config.set_alpha_to_one) is bool,
   }
   for key, is_sound in sound.items():
