@@ -99,11 +99,6 @@ def build(
   ranges.check(config, RANGES, where="--config.")
   pipeline.check_size(config["image_size"])
   pipeline.check_quality(config["quality"])
-  if config["seed"] < 0:
-    raise errors.UserError(f"seed={config['seed']}: must not be negative")
-  pipeline.check_positive(
-    num_identities=config["num_identities"], cap=config["cap"]
-  )
   data_dir = paths.expand(data_dir)
   paths.refuse_unwritable(data_dir, flag="--data_dir")
   return makers[config["maker"]](config, data_dir)
@@ -111,7 +106,6 @@ def build(
 
 def _paperdoll(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   del data_dir
-  pipeline.check_positive(cells=config["cells"])
   make_identity = functools.partial(
     world.make_identity,
     seed=config["seed"],
@@ -141,11 +135,7 @@ def _diffusion(config: dict[str, Any], data_dir: pathlib.Path) -> Work:
   layout = canvas.Layout(
     grid["rows"], grid["cols"], tuple(grid["cell"]), grid["multiple"]
   )
-  ground, steps = config["backgrounds"], config["sampler"]["steps"]
-  counts = {f"run.{key}": run[key] for key in ("batch_size", "decode_batch")}
-  counts |= {"backgrounds.count": ground["count"], "sampler.steps": steps}
-  counts |= {key: config[key] for key in ("tries", "min_images")}
-  pipeline.check_positive(**counts)
+  ground = config["backgrounds"]
   shared = devices.share(run["devices"], batch_size=run["batch_size"])
   if not any(ground["size"]):
     ground = config["backgrounds"] = ground | {"size": layout.size}

@@ -109,7 +109,7 @@ def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
   clear = image.info.get("transparency")
   image = PIL.ImageOps.exif_transpose(image)
   if is_deep and not image.mode.startswith("I"):
-    most = max(high for _, high in _colours(image).getextrema())
+    most = max(high for _, high in _laid_on("black", image).getextrema())
     if 0 <= most < 16:
       raise refuse(
         "16-bit values, all of them below 4096: save the picture with 8 bits"
@@ -131,22 +131,18 @@ def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
       f"holds {kind[image.mode]}, whose range is not agreed: save it as 8-bit"
       " RGB"
     )
+  return np.array(_laid_on("white", image))
+
+
+def _laid_on(colour: str, image: PIL.Image.Image) -> PIL.Image.Image:
+  """Returns a picture of RGB; the colour shows where the picture is clear."""
   if image.has_transparency_data:
     if image.mode == "La":  # Which only LA is made of.
       image = image.convert("LA")
     image = image.convert("RGBA")
-    white = PIL.Image.new("RGBA", image.size, "white")
-    image = PIL.Image.alpha_composite(white, image)
-  return np.array(image.convert("RGB"))
-
-
-def _colours(image: PIL.Image.Image) -> PIL.Image.Image:
-  """Returns a picture of RGB, black where nothing shows."""
-  if not image.has_transparency_data:
-    return image.convert("RGB")
-  image = image.convert("RGBA")
-  ground = PIL.Image.new("RGBA", image.size, "black")
-  return PIL.Image.alpha_composite(ground, image).convert("RGB")
+    ground = PIL.Image.new("RGBA", image.size, colour)
+    image = PIL.Image.alpha_composite(ground, image)
+  return image.convert("RGB")
 
 
 def of_array(array: Any, *, name: str) -> np.ndarray:

@@ -81,19 +81,17 @@ def numbers(config: Mapping[str, Any]) -> None:
   ranges.check(config, RANGES, where="--config.")
   thresholds = tuple(config["canvas"]["canny"])
   # (a, b, c): a flag given twice is both, one after the other.
-  for group, key, least in (
-    ("canvas", "cell", 1),
-    ("canvas", "canny", 0),
-    ("backgrounds", "size", 0),
-    ("matting", "size", 1),
-    ("control", "pose_range", 0),
-    ("control", "grid_range", 0),
-    ("models", "union_kinds", 0),
+  for group, key in (
+    ("canvas", "canny"),
+    ("backgrounds", "size"),
+    ("control", "pose_range"),
+    ("control", "grid_range"),
+    ("models", "union_kinds"),
   ):
     values = tuple(config[group][key])
-    if len(values) != 2 or min(values) < least:
+    if len(values) != 2 or min(values) < 0:
       raise errors.UserError(
-        f"--config.{group}.{key}={values}: write two numbers from {least} on,"
+        f"--config.{group}.{key}={values}: write two numbers from 0 on,"
         " once, such as 256,128"
       )
   low, high = (config["rules"][f"{end}_area"] for end in ("min", "max"))

@@ -43,7 +43,8 @@ def clip(
     config = _openai_config(path, tensors, prefix, hidden_act)
     table = rules.openai_clip(prefix)
   else:
-    config = _config(_beside(path), clip_lib.Config.from_hf)
+    file = _beside(path)
+    config = _config(file, hub.read_json(file), clip_lib.Config.from_hf)
     table = rules.hf_clip()
   return config, _fill(config, tensors, table, path)
 
@@ -121,12 +122,13 @@ def _open_tower(path: Any, name: str, from_hf: Any) -> Any:
   """Returns where a tower lies, its configuration and its tensors."""
   path = hub.resolve(path)
   tensors = hub.read_tensors(path)
-  values = hub.read_json(_beside(path))
+  file = _beside(path)
+  values = hub.read_json(file)
   is_whole = "vision_config" in values or "text_config" in values
   other = "vision_model." if name == "text" else "text_model."
   outer = {"text": "text_projection", "vision": "visual_projection"}
   if is_whole:
-    config = getattr(_config(_beside(path), clip_lib.Config.from_hf), name)
+    config = getattr(_config(file, values, clip_lib.Config.from_hf), name)
     kept = (f"{name}_model.", outer[name])
     dropped = (other, *outer.values(), "logit_scale")
     tensors = {
@@ -135,16 +137,15 @@ def _open_tower(path: Any, name: str, from_hf: Any) -> Any:
       if key.startswith(kept) or not key.startswith(dropped)
     }
   else:
-    config = _config(_beside(path), from_hf)
+    config = _config(file, values, from_hf)
   if f"{outer[name]}.weight" not in tensors:
     # config.json has a projection_dim even where there is no projection.
     config = _without_projection(config)
   return path, config, tensors
 
 
-def _config(file: pathlib.Path, from_hf: Any) -> Any:
-  """Reads a config.json; its name stands before what is wrong with it."""
-  values = hub.read_json(file)
+def _config(file: pathlib.Path, values: Any, from_hf: Any) -> Any:
+  """Makes a configuration; its file's name stands before what is wrong."""
   try:
     return from_hf(values)
   except errors.UserError as error:

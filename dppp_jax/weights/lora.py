@@ -22,7 +22,7 @@ from absl import logging
 import numpy as np
 
 from dppp_jax import errors, logs, trees, types
-from dppp_jax.weights import kinds, lora_keys
+from dppp_jax.weights import convert, kinds, lora_keys
 
 _SHOWN = 3  # Names in an error.
 _LEAVES = ("kernel", "scale", "embedding")
@@ -378,7 +378,7 @@ def _delta(
       f" ({str(error).splitlines()[0]}): the file is damaged"
     ) from error
   for part in (delta, bias):
-    if part is not None and not np.isfinite(part).all():
+    if part is not None and not convert.is_finite(part):
       raise errors.UserError(
         f"{where}: the product of its factors is not finite: its training"
         " diverged, or the file is damaged; use another one"
