@@ -266,6 +266,11 @@ def _compiled(
     try:
       for future in concurrent.futures.as_completed(names):
         yield names[future], future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise errors.UserError(
+        "a process that compiles was killed: is there memory? Go on with"
+        " --processes 1; what has ended is kept"
+      ) from error
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
 
@@ -445,6 +450,8 @@ def main() -> int:
   )
   parser.add_argument("--hlo", default="", help="folder for the HLO texts")
   args = parser.parse_args()
+  if args.processes < 1:
+    parser.error(f"--processes {args.processes}: give 1 or more")
   if args.list:
     for program in aot_programs.programs():
       print(f"{program.name:24} {program.about}")

@@ -365,7 +365,7 @@ def test_as_a_program(config_file, tmp_path):
     ("train", "geneperson.py:mini", "configs/dppp.py"),
     ("train", "pretrain_vae.py", "configs/dppp.py"),
     ("pretrain", "geneperson.py:paperdoll", "configs/pretrain_"),
-    ("pretrain", "dppp.py", "no such method|choose|configs/pretrain_"),
+    ("pretrain", "dppp.py", "config method 'dppp': choose autoencoder"),
   ],
 )
 def test_a_config_of_another_command(tmp_path, capsys, command, config, wanted):
