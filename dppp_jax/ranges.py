@@ -3,19 +3,22 @@
     RANGES = {"margin": ranges.NON_NEGATIVE, "label_smoothing": ranges.SHARE}
     ranges.check(options, RANGES, where="config dppp.")
 
-A number is always finite. Whole numbers fit into 32 bits, as the device holds
-them. Nothing below zero stands for "all" or "none" unless a range says so.
+A number is always finite, and fits into the 32 bits that the device holds it
+in. Nothing below zero stands for "all" or "none" unless a range says so, and
+None is a number only for `or_none`.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import math
 import numbers
+import typing
 from typing import Any
 
 from dppp_jax import errors
 
 _LARGEST = 2**31 - 1
+_LARGEST_FLOAT = 3e38  # Of float32, rounded down.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Range:
     open_high: `high` itself is left out.
     whole: of integers.
     length: of a tuple of such numbers; None for one number, 0 for any length.
+    none: None is taken too.
   """
 
   text: str
@@ -39,11 +43,14 @@ class Range:
   open_high: bool = False
   whole: bool = False
   length: int | None = None
+  none: bool = False
 
   def holds(self, value: Any) -> bool:
     """Whether a value is one of these numbers."""
+    if value is None:
+      return self.none
     if self.length is not None:
-      one = dataclasses.replace(self, length=None)
+      one = dataclasses.replace(self, length=None, none=False)
       return (
         isinstance(value, (tuple, list))
         and len(value) in (self.length or len(value),)
@@ -54,7 +61,7 @@ class Range:
       return False
     above = value > self.low if self.open_low else value >= self.low
     below = value < self.high if self.open_high else value <= self.high
-    return math.isfinite(value) and above and below
+    return abs(value) <= _LARGEST_FLOAT and above and below
 
 
 ANY = Range("a finite number")
@@ -81,24 +88,35 @@ COLOUR = dataclasses.replace(ANY, text="three finite numbers", length=3)
 SPREAD = dataclasses.replace(POSITIVE, text="three numbers above 0", length=3)
 
 
+def or_none(allowed: Range) -> Range:
+  """Returns a range that takes None too, which switches something off."""
+  text = f"{allowed.text}, or None"
+  return dataclasses.replace(allowed, text=text, none=True)
+
+
 def check(values: Any, table: Mapping[str, Range], *, where: str = "") -> None:
   """Refuses numbers without meaning, before anything is compiled.
+
+  Of a dataclass, fields that are declared bool or str must hold one.
 
   Args:
     values: a dataclass, or nested mappings and sequences of mappings.
     table: the end of a key ("lr", or "vision.image_size" where "image_size"
       alone is something else) -> the numbers it may have, or those that all
-      below it may have. Other numbers must be finite. None is always taken.
+      below it may have. Other numbers must be finite.
     where: what stands before the key in the message, with its dot.
 
   Raises:
     errors.UserError: names the key, the value and the remedy.
   """
   if dataclasses.is_dataclass(values):
+    hints = typing.get_type_hints(type(values))
     values = {
       field.name: getattr(values, field.name)
       for field in dataclasses.fields(values)
     }
+    for key, value in values.items():
+      kind(f"{where}{key}", value, hints[key])
   for key, value in values.items():
     _check_key(where, key, value, table)
 
@@ -117,7 +135,7 @@ def _check_key(
   elif any(isinstance(item, Mapping) for item in items):
     for number, item in enumerate(items):
       _check_key(where, f"{path}[{number}]", item, table)
-  elif allowed and value is not None:
+  elif allowed:
     one(f"{where}{path}", value, allowed)
   else:
     for item in items:
@@ -128,4 +146,17 @@ def _check_key(
 def one(name: str, value: Any, allowed: Range) -> None:
   """Refuses one number; see `check`."""
   if not allowed.holds(value):
-    raise errors.UserError(f"{name}={value}: give {allowed.text}")
+    raise errors.UserError(f"{name}={value!r}: give {allowed.text}")
+
+
+def kind(name: str, value: Any, expected: Any) -> None:
+  """Refuses another kind of value where a switch or a text is expected.
+
+  Args:
+    name: of the value, for the message.
+    value: e.g. "false", which would switch something on, as a text does.
+    expected: bool or str; any other kind is not looked at.
+  """
+  for one_kind, text in ((bool, "True or False"), (str, "a text")):
+    if expected is one_kind and not isinstance(value, one_kind):
+      raise errors.UserError(f"{name}={value!r}: give {text}")

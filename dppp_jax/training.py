@@ -63,6 +63,10 @@ def train(
       f"config method {config['method']!r}: there is 'dppp' so far"
     )
   ranges.check(config, RANGES, where="config ")
+  for key in ("clip", "dtype"):
+    ranges.kind(f"config {key}", config[key], str)
+  evaluation = config["eval"]
+  ranges.kind("config eval.allow_partial", evaluation["allow_partial"], bool)
   augment = transforms.Augment(**config["augment"])
   options = dppp.Options(**_tuples(config["dppp"]))
   loop_options = _loop_options(config, augment)

@@ -17,6 +17,7 @@ from dppp_jax.train import loop, stage
   ("allowed", "inside", "outside"),
   [
     (ranges.POSITIVE, (1e-9, 3, np.float32(2)), (0, -1, math.nan, math.inf)),
+    (ranges.POSITIVE, (3e38,), (1e39, 10**400)),
     (ranges.NON_NEGATIVE, (0, 0.0), (-1e-9, "1", None, True)),
     (ranges.SHARE, (0, 0.999), (1, -0.1)),
     (ranges.UNIT, (0, 1), (1.001,)),
@@ -25,7 +26,8 @@ from dppp_jax.train import loop, stage
     (ranges.WHOLE, (0,), (-1,)),
     (ranges.PAIR, ((256, 128), [1, 1]), (224, (0, 1), (96.0, 48.0), (1,) * 3)),
     (ranges.COUNTS, ((), (3, 4)), ((0,), 3)),
-    (ranges.SPREAD, ((1, 2, 3),), ((1, 0, 1), (1, 2))),
+    (ranges.SPREAD, ((1, 2, 3),), ((1, 0, 1), (1, 2), None)),
+    (ranges.or_none(ranges.PAIR), (None, (1, 2)), ((0, 1), (None, 1))),
   ],
 )
 def test_ranges(allowed, inside, outside):
@@ -50,6 +52,28 @@ def test_keys_are_found_by_their_ends_at_any_depth():
   # What stands before a key is no part of it.
   with pytest.raises(errors.UserError, match=r"^config lr=0\.0"):
     ranges.check({"lr": 0.0}, table, where="config ")
+
+
+@pytest.mark.parametrize(
+  ("make", "named"),
+  [
+    # A text is true, whatever it says.
+    (lambda: dppp_options.Options(squared="false"), "squared='false': give Tr"),
+    (lambda: dppp_options.Options(full_stop=0), "full_stop=0: give True or"),
+    (lambda: dppp_options.Options(new_lr=None), "new_lr=None: give a number"),
+    (lambda: dppp_options.Options(new_lr=1e300), r"new_lr=1e\+300"),
+    (lambda: dppp_options.Options(decay_epochs=None), "decay_epochs=None"),
+    (lambda: transforms.Augment(mean=None), "mean=None: give three"),
+    (lambda: transforms.Augment(flip=None), "flip=None"),
+    (lambda: loop.Options(placement=3), "placement=3: give a text"),
+    (lambda: loop.Options(tensorboard=1), "tensorboard=1: give True"),
+    (lambda: loop.Options(num_threads=None), "num_threads=None"),
+  ],
+)
+def test_a_value_of_another_kind_is_refused(make, named):
+  with pytest.raises(errors.UserError, match=named):
+    make()
+  assert transforms.Augment(contrast=None, gain=None).contrast is None
 
 
 def _numbers(values, prefix=""):

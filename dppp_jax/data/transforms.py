@@ -26,7 +26,8 @@ RANGES = {
   "mean": ranges.COLOUR,
   "std": ranges.SPREAD,
   "erasing": ranges.UNIT,
-  **dict.fromkeys(_BOUNDS, ranges.BOUNDS),
+  **dict.fromkeys(("erasing_area", "erasing_aspect"), ranges.BOUNDS),
+  **dict.fromkeys(("contrast", "gain"), ranges.or_none(ranges.BOUNDS)),
 }
 
 

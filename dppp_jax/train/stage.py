@@ -126,8 +126,8 @@ RANGES = {
   "epochs": ranges.WHOLE,
   "weight_decay": ranges.NON_NEGATIVE,
   "bias_lr_multiplier": ranges.NON_NEGATIVE,
-  "clip_norm": ranges.POSITIVE,
-  "ema": ranges.SHARE,
+  "clip_norm": ranges.or_none(ranges.POSITIVE),
+  "ema": ranges.or_none(ranges.SHARE),
 }
 
 
