@@ -190,6 +190,14 @@ def test_grey_of_any_depth_is_grey(mode):
   np.testing.assert_array_equal(found, np.repeat(grey[:, :, None], 3, 2))
 
 
+def test_a_pgm_of_16_bits_is_grey():
+  grey = np.arange(0, 65536, 1285).reshape(4, 13)
+  file = b"P5 13 4 65535\n" + grey.astype(">u2").tobytes()
+  found = images.decode(file, name="x.pgm")
+  expected = (grey // 257).astype(np.uint8)
+  np.testing.assert_array_equal(found, np.repeat(expected[:, :, None], 3, 2))
+
+
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation_of_exif_is_applied(file_format):
   shown = _small_picture()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from dppp_jax import errors
+from dppp_jax import cli, errors
 from dppp_jax.data import images, shards
 from dppp_jax.geneperson import (
   backgrounds,
@@ -410,6 +410,10 @@ def test_unions_and_plain_networks_get_their_images():
     arrange([("pose", "a"), ("grid", "a")], plain)
   with pytest.raises(errors.UserError, match=r"union_kinds: kinds\[0\] is \(9"):
     arrange([("grid", "a")], is_union, kinds=(0, 9))
+  with pytest.raises(errors.UserError, match="no ControlNet of this run is a"):
+    arrange([("grid", "a")], plain, kinds=(0, 1))
+  config = cli.load_config("geneperson.py")
+  assert config.models.union_kinds == networks.USUAL_KINDS
 
 
 def test_too_little_memory_on_the_device(studio, tmp_path):

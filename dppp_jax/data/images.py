@@ -104,6 +104,8 @@ def of_pillow(image: PIL.Image.Image, *, name: str) -> np.ndarray:
   if 0 in image.size:
     width, height = image.size
     raise refuse(f"is {width} x {height} pixels: remove it")
+  if image.mode == "I" and image.format == "PPM":  # Of at most 16 bits.
+    image = image.convert("I;16")
   # Of colours of 16 bits Pillow keeps the upper 8.
   is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
   clear = image.info.get("transparency")

@@ -20,6 +20,7 @@ from dppp_jax.models import controlnet_union
 from dppp_jax.weights import lora
 
 SLOTS = ("detail", "lighting", "style")  # Of the paper's LoRAs.
+USUAL_KINDS = (0, 3)  # Of configs/geneperson.py.
 
 T = TypeVar("T")
 
@@ -247,8 +248,8 @@ def _arrange(
   """Returns how the two images go to the ControlNets, and the unions' kinds.
 
   Raises:
-    errors.UserError: one network for both, which is no union, or kinds that a
-      union does not know.
+    errors.UserError: one network for both, which is no union, kinds that a
+      union does not know, or kinds of a union where there is none.
   """
   unions = [
     isinstance(net, controlnet_union.Config) for net in parts.controlnets
@@ -264,6 +265,11 @@ def _arrange(
         f" ({controls.files[0]}), and it is no union: give two"
       )
     return lambda skeletons, grid: [[skeletons, grid]], check([kinds])
+  if not any(unions) and kinds != USUAL_KINDS:
+    raise errors.UserError(
+      f"--config.models.union_kinds={kinds} does nothing here: no ControlNet of"
+      " this run is a union; leave it out"
+    )
   places = [("pose", "grid").index(name) for name in controls.names]
 
   def arrange(skeletons: np.ndarray, grid: np.ndarray) -> list[Any]:
