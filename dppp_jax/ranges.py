@@ -18,7 +18,8 @@ from typing import Any
 from dppp_jax import errors
 
 _LARGEST = 2**31 - 1
-_LARGEST_FLOAT = 3e38  # Of float32, rounded down.
+# Of float32: the largest, rounded down, and what is not yet rounded to 0.
+_LARGEST_FLOAT, _SMALLEST_FLOAT = 3e38, 1.2e-38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Range:
       return False
     above = value > self.low if self.open_low else value >= self.low
     below = value < self.high if self.open_high else value <= self.high
-    return abs(value) <= _LARGEST_FLOAT and above and below
+    fits = value == 0 or _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT
+    return fits and above and below
 
 
 ANY = Range("a finite number")

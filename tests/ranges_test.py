@@ -62,6 +62,7 @@ def test_keys_are_found_by_their_ends_at_any_depth():
     (lambda: dppp_options.Options(full_stop=0), "full_stop=0: give True or"),
     (lambda: dppp_options.Options(new_lr=None), "new_lr=None: give a number"),
     (lambda: dppp_options.Options(new_lr=1e300), r"new_lr=1e\+300"),
+    (lambda: transforms.Augment(std=(1e-60, 1, 1)), "std=.*three numbers"),
     (lambda: dppp_options.Options(decay_epochs=None), "decay_epochs=None"),
     (lambda: transforms.Augment(mean=None), "mean=None: give three"),
     (lambda: transforms.Augment(flip=None), "flip=None"),

@@ -217,6 +217,14 @@ def test_how_a_clip_wants_its_pictures(tmp_path, change, field, value):
     ("image_mean", 0.5),
     ("image_std", [0.5, 0.5, 0]),
     ("image_std", [0.5, 0.5, None]),
+    ("image_std", [0.5, 0.5, 1e-60]),
+    ("image_mean", [1e39, 0.5, 0.5]),
+    ("image_mean", [10**400, 0.5, 0.5]),
+    ("rescale_factor", 10**400),
+    ("resample", [3]),
+    ("size", 10**9),
+    ("do_center_crop", "false"),
+    ("do_normalize", "false"),
     ("do_pad", True),
     ("size_divisor", 32),
     ("do_flip_channel_order", True),
@@ -249,6 +257,9 @@ def test_how_an_openclip_wants_its_pictures(tmp_path):
   ):
     with pytest.raises(errors.UserError, match=key):
       pictures(tmp_path, {"preprocess_cfg": cfg | {key: value}}, name)
+  for value in ("bicubic", ["RGB"], True, 0):
+    with pytest.raises(errors.UserError, match="preprocess_cfg"):
+      pictures(tmp_path, {"preprocess_cfg": value}, name)
   # transformers' file goes first.
   assert pictures(tmp_path, _HF).mean == (0.5, 0.25, 0.5)
 

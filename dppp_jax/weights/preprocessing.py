@@ -9,7 +9,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
-from dppp_jax import errors
+from dppp_jax import errors, ranges
 from dppp_jax.weights import hub
 
 _HF, _OPEN_CLIP = "preprocessor_config.json", "open_clip_config.json"
@@ -59,8 +59,12 @@ def read(folder: pathlib.Path) -> Pictures:
     return _of_hf(hub.read_json(folder / _HF), str(folder / _HF))
   file = folder / _OPEN_CLIP
   values = hub.read_json(file) if file.is_file() else {}
-  given = values.get("preprocess_cfg")
-  return _of_open_clip(given or {}, f"{file}: preprocess_cfg")
+  config = values.get("preprocess_cfg")
+  if config is None:
+    return Pictures()
+  if not isinstance(config, Mapping):
+    raise _refusal(str(file), "preprocess_cfg", config)
+  return _of_open_clip(config, f"{file}: preprocess_cfg")
 
 
 def _of_hf(values: Mapping[str, Any], where: str) -> Pictures:
@@ -71,8 +75,13 @@ def _of_hf(values: Mapping[str, Any], where: str) -> Pictures:
   for key in ("do_resize", "do_rescale"):
     if values.get(key, True) is not True:
       raise _refusal(where, key, values[key])
+  for key in ("do_center_crop", "do_normalize"):
+    if values.get(key) not in (None, True, False):
+      raise _refusal(where, key, values[key])
   factor = values.get("rescale_factor", 1 / 255)
-  if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-5):
+  if not ranges.ANY.holds(factor) or not math.isclose(
+    factor, 1 / 255, rel_tol=1e-5
+  ):
     raise _refusal(where, "rescale_factor", factor)
   size = _size(values, "size", where)
   crop = _size(values, "crop_size", where)
@@ -80,7 +89,7 @@ def _of_hf(values: Mapping[str, Any], where: str) -> Pictures:
   if is_cropped and size != crop:  # People would lose their heads and feet.
     raise _refusal(where, "crop_size", values["crop_size"])
   resample = values.get("resample")
-  if resample is not None and resample not in _FILTERS:
+  if resample is not None and resample not in list(_FILTERS):
     raise _refusal(where, "resample", resample)
   mean, std = (_triple(values, f"image_{k}", where) for k in ("mean", "std"))
   if not values.get("do_normalize", True):
@@ -125,7 +134,7 @@ def _size(
   sides = tuple(sides) if isinstance(sides, list | tuple) else (sides, sides)
   if len(sides) == 1:
     sides *= 2
-  if len(sides) != 2 or not all(type(n) is int and n > 0 for n in sides):
+  if not ranges.PAIR.holds(sides):
     raise _refusal(where, key, given)
   return sides
 
@@ -136,17 +145,10 @@ def _triple(
   given = values.get(key)
   if given is None:
     return None
-  is_triple = isinstance(given, list | tuple) and len(given) == 3
-  is_std = key.endswith("std")
-  if not is_triple or not all(
-    _is_number(x) and (x > 0 or not is_std) for x in given
-  ):
+  allowed = ranges.SPREAD if key.endswith("std") else ranges.COLOUR
+  if not allowed.holds(given):
     raise _refusal(where, key, given)
   return tuple(float(x) for x in given)
-
-
-def _is_number(value: Any) -> bool:
-  return type(value) in (int, float) and math.isfinite(value)
 
 
 def _refusal(where: str, key: str, value: Any) -> errors.UserError:
