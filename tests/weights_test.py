@@ -455,6 +455,52 @@ class _Bomb:
     return pathlib.Path.touch, (self.path,)
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_damaged_torch_file_is_refused_in_one_line(tmp_path, is_zip):
+  path = tmp_path / "model.pt"
+  torch.save(
+    {f"{i}.weight": torch.ones(4, 4) for i in range(3)},
+    path,
+    _use_new_zipfile_serialization=is_zip,
+  )
+  whole, rng = path.read_bytes(), np.random.default_rng(0)
+  refused = 0
+  for trial in range(150):
+    data = bytearray(whole)
+    if trial % 2:
+      data = data[: rng.integers(1, len(data))]
+    else:
+      for place in rng.integers(len(data), size=10):
+        data[place] = rng.integers(256)
+    path.write_bytes(data)
+    try:
+      hub.read_tensors(path)  # Damage may lie in the numbers alone.
+    except errors.UserError as error:
+      assert str(path) in str(error) and "\n" not in str(error)
+      refused += 1
+  assert refused > 75
+
+
+def test_torch_tensors_of_any_kind_are_read_or_named(tmp_path):
+  path = tmp_path / "model.pt"
+  values = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+  for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16):
+    torch.save({"w": values.to(dtype)}, path)
+    np.testing.assert_array_equal(
+      hub.read_tensors(path)["w"].astype(np.float32), values
+    )
+  torch.save({"w": torch._neg_view(values)}, path)
+  np.testing.assert_array_equal(hub.read_tensors(path)["w"], -values)
+  for tensor in (
+    values.to_sparse(),
+    values.to("meta"),
+    torch.complex(values, values),
+  ):
+    torch.save({"w": tensor}, path)
+    with pytest.raises(errors.UserError, match="tensor w"):
+      hub.read_tensors(path)
+
+
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_pickle_with_code_never_runs(folder, tmp_path, writer):
   path, _ = folder

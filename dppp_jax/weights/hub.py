@@ -396,7 +396,7 @@ def _read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} holds more than tensors, or is no torch file; nothing of it was"
       " run: use the .safetensors of the same model"
     ) from error
-  except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+  except Exception as error:  # Of damage the loader raises many kinds.
     raise errors.UserError(
       f"{path} is truncated or no torch file"
       f" ({str(error).splitlines()[0] if str(error) else 'empty'}): fetch it"
@@ -409,7 +409,9 @@ def _read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
     values = {}
   tensors = {
     # OpenCLIP's checkpoints were saved from inside DistributedDataParallel.
-    str(name).removeprefix("module."): _to_numpy(torch, value)
+    str(name).removeprefix("module."): _to_numpy(
+      torch, value, f"{path}: tensor {name}"
+    )
     for name, value in values.items()
     if isinstance(value, torch.Tensor)
   }
@@ -422,16 +424,31 @@ def _is_torchscript(path: pathlib.Path) -> bool:
   try:
     with zipfile.ZipFile(path) as archive:
       names = archive.namelist()
-  except (zipfile.BadZipFile, OSError):
-    return False
+  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    return False  # Whether it is damaged, torch says.
   return any(name.endswith("/constants.pkl") for name in names)
 
 
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-  tensor = tensor.detach().contiguous()
-  if tensor.dtype == torch.bfloat16:  # Unknown to NumPy under torch.
-    return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-  return tensor.numpy()
+def _to_numpy(torch: Any, tensor: Any, where: str) -> np.ndarray:
+  unknown = {  # To NumPy under torch: torch's type of equal width, JAX's type.
+    torch.bfloat16: (torch.int16, jnp.bfloat16),
+    torch.float8_e4m3fn: (torch.uint8, jnp.float8_e4m3fn),
+    torch.float8_e5m2: (torch.uint8, jnp.float8_e5m2),
+  }
+  try:
+    tensor = tensor.detach().contiguous().resolve_neg()
+    if tensor.dtype in unknown:
+      raw, dtype = unknown[tensor.dtype]
+      return tensor.view(raw).numpy().view(dtype)
+    array = None if tensor.is_complex() else tensor.numpy()
+  except (RuntimeError, TypeError, NotImplementedError):
+    array = None
+  if array is None:
+    raise errors.UserError(
+      f"{where} is {tensor.layout} of {tensor.dtype} on {tensor.device}, which"
+      " is not supported: convert it to a dense tensor of float16 or float32"
+    )
+  return array
 
 
 _READERS = {
