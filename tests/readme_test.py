@@ -42,7 +42,9 @@ def test_gains_are_those_of_all_seeds():
   lift = "by {:.0f} to {:.0f} points of Rank-1".format(
     *gains("PTL", "frozen mini CLIP")
   )
-  more = "PSD adds {:.1f} to {:.1f} more".format(*gains("PTL + PSD", "PTL"))
+  more = "PSD changes that by {:.1f} to {:.1f} points".format(
+    *gains("PTL + PSD", "PTL")
+  )
   assert f"{lift}, and {more}" in words
 
 
