@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import gc
 import os
+import pathlib
+import resource
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -58,8 +60,27 @@ def _programs(request):
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(is_quick)))
     jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
+  _forget()
+
+
+@pytest.fixture(autouse=True)
+def _small():
+  """Forgets programs between two tests too, where they have grown large."""
+  yield
+  if _resident_bytes() > 1.5e9:
+    _forget()
+
+
+def _forget():
   jax.clear_caches()
   gc.collect()
   # What LLVM has freed, glibc keeps: gigabytes in a run of all modules.
   with contextlib.suppress(AttributeError, OSError):
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes():
+  with contextlib.suppress(OSError):  # Of Linux.
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+  return 0

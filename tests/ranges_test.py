@@ -104,6 +104,8 @@ def test_no_number_of_a_training_escapes(path):
       "augment.": transforms.RANGES,
     }
   known = {f"{where}{key}" for where, table in tables.items() for key in table}
+  if path.stem != "dppp":
+    ranges.check(config, methods.RANGES)  # What is shipped is itself taken.
   for name in _numbers(config):
     ends = [name.split(".", i)[-1] for i in range(name.count(".") + 1)]
     # The nets of a U2-Net are nested tuples, which its own module reads; what
