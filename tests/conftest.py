@@ -8,8 +8,6 @@ import contextlib
 import ctypes
 import gc
 import os
-import pathlib
-import resource
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -60,27 +58,19 @@ def _programs(request):
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(is_quick)))
     jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
-  _forget()
+  jax.clear_caches()
+  gc.collect()
+  _trim()
 
 
 @pytest.fixture(autouse=True)
-def _small():
-  """Forgets programs between two tests too, where they have grown large."""
+def _trimmed():
+  """Trims between two tests, since one module compiles gigabytes."""
   yield
-  if _resident_bytes() > 1.5e9:
-    _forget()
+  _trim()
 
 
-def _forget():
-  jax.clear_caches()
-  gc.collect()
-  # What LLVM has freed, glibc keeps: gigabytes in a run of all modules.
+def _trim():
+  """Gives back what LLVM has freed, and glibc keeps."""
   with contextlib.suppress(AttributeError, OSError):
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident_bytes():
-  with contextlib.suppress(OSError):  # Of Linux.
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * resource.getpagesize()
-  return 0
