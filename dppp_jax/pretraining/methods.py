@@ -77,6 +77,9 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   Raises:
     errors.UserError: no such method, or see the method.
   """
+  for key in ("method", "begin", "dtype"):
+    if key in config:
+      ranges.kind(f"config {key}", config[key], str)
   method = METHODS.get(config.get("method"))
   if method is None:
     raise errors.UserError(
