@@ -72,6 +72,12 @@ def fill(shapes, seed):
   return trees.unflatten(leaves)
 
 
+@pytest.fixture
+def forgotten():
+  """Forgets the programs of earlier tests: with these they take gigabytes."""
+  jax.clear_caches()
+
+
 @functools.cache
 def clip_params():
   return fill(clip.param_shapes(_CONFIG), 0)
@@ -341,6 +347,7 @@ def test_dropout_is_the_only_chance_in_the_loss():
   assert value(options, number=1, rng=0)[0] == value(options, number=1)[0]
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_ptl_gradient_in_float64():
   """Finite differences along a random direction of all trainables."""
   with jax.enable_x64(True):
@@ -462,6 +469,7 @@ def test_bfloat16_stays_near():
   np.testing.assert_allclose(loss, value(number=1)[0], rtol=0.03)
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_two_stages_in_the_loop(tmp_path):
   """Real steps: PTL leaves the text tower, PSD everything but the projector."""
   rng = np.random.default_rng(0)
