@@ -240,10 +240,14 @@ def test_each_change_moves_what_is_measured():
     ("pretrain_controlnet_canny", {"kind": "depth"}, "data.kind 'depth'"),
     ("pretrain_lora", {"kinds": ("glow",)}, "data.kinds 'glow'"),
     ("pretrain_unet", {"vae": "nowhere"}, "nowhere"),
+    ("pretrain_unet", {"vae": 3}, "data.vae=3: give a text"),
+    ("pretrain_unet", {"num_canvases": {}}, r"data.num_canvases=\{\}: give a"),
+    ("pretrain_lora", {"kinds": ()}, r"data.kinds=\(\): give one word or more"),
   ],
 )
 def test_bad_configuration_is_one_line(tmp_path, name, key, words):
-  config = _config(name, tmp_path, **key)
+  config = _config(name, tmp_path)
+  config["data"] |= key
   with pytest.raises(errors.UserError, match=words):
     methods.train(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

@@ -60,6 +60,9 @@ RANGES = {
     "attention_head_dim",
   ), ranges.COUNTS),
 }  # fmt: skip
+_TEXTS = ("method", "begin", "dtype", "base", "cache", "vae", "clip", "kind")
+_WORDS = ("kinds", "down_block_types", "up_block_types")
+_GROUPS = ("data", "model", "train", "scheduler", "text_encoder_2")
 _DTYPES = extractor.DTYPES
 
 
@@ -77,9 +80,7 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   Raises:
     errors.UserError: no such method, or see the method.
   """
-  for key in ("method", "begin", "dtype"):
-    if key in config:
-      ranges.kind(f"config {key}", config[key], str)
+  _check_kinds(config)
   method = METHODS.get(config.get("method"))
   if method is None:
     raise errors.UserError(
@@ -94,6 +95,25 @@ def train(config: Mapping[str, Any], workdir: str) -> pathlib.Path | None:
   if "augment" in config:
     transforms.Augment(**config["augment"])
   return method(_expanded(config), str(paths.expand(workdir)))
+
+
+def _check_kinds(config: Mapping[str, Any], where: str = "config ") -> None:
+  """Refuses a value of another kind, below any key, by the ends of keys."""
+  for key, value in config.items():
+    name = f"{where}{key}"
+    is_several = isinstance(value, (tuple, list))
+    if key in _TEXTS:
+      ranges.kind(name, value, str)
+    elif key in _WORDS and not (
+      is_several and value and all(isinstance(word, str) for word in value)
+    ):
+      raise errors.UserError(f"{name}={value!r}: give one word or more")
+    elif key in _GROUPS and not isinstance(value, Mapping):
+      raise errors.UserError(f"{name}={value!r}: give keys and values")
+    elif value == {} and key not in _GROUPS:
+      raise errors.UserError(f"{name}={value!r}: give a value")
+    if isinstance(value, Mapping):
+      _check_kinds(value, f"{name}.")
 
 
 def idle(config: Mapping[str, Any]) -> dict[str, str]:
